@@ -1,0 +1,48 @@
+//! The words of the domain: ids, tasks, the life of an execution, events.
+//!
+//! Pure: nothing here knows a runtime, a database, a socket or a clock. What needs the time of day gets it
+//! as an argument.
+
+pub mod event;
+pub mod execution;
+pub mod id;
+pub mod record;
+pub mod task;
+
+pub use event::{Event, EventType, NewEvent, Severity};
+pub use execution::{Reason, Status};
+pub use id::{ExecutionId, SessionId, TaskId};
+pub use record::{ExecutionRecord, Usage};
+pub use task::Task;
+
+use chrono::{DateTime, SecondsFormat, Utc};
+
+/// A time as the contract writes it: RFC 3339, UTC, milliseconds.
+pub fn rfc3339(time: DateTime<Utc>) -> String {
+    time.to_rfc3339_opts(SecondsFormat::Millis, true)
+}
+
+/// Serde for a `DateTime<Utc>` in the contract's form (see [`rfc3339`]).
+pub mod millis {
+    use super::{DateTime, Utc, rfc3339};
+    use serde::Serializer;
+
+    /// Writes the time with milliseconds and `Z`.
+    pub fn serialize<S: Serializer>(time: &DateTime<Utc>, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&rfc3339(*time))
+    }
+
+    /// The same for a time that may be absent.
+    pub mod option {
+        use super::{DateTime, Utc, rfc3339};
+        use serde::Serializer;
+
+        /// Writes the time with milliseconds and `Z`, or `null`.
+        pub fn serialize<S: Serializer>(time: &Option<DateTime<Utc>>, serializer: S) -> Result<S::Ok, S::Error> {
+            match time {
+                Some(time) => serializer.serialize_some(&rfc3339(*time)),
+                None => serializer.serialize_none(),
+            }
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! What is kept of an execution beside its log.
+
+use super::execution::State;
+use super::{ExecutionId, Reason, SessionId, Status, Task};
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// What an execution has used. `null` where this sidecar cannot measure it on this host; never a guess.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Usage {
+    pub input_tokens: u64,
+    pub output_tokens: u64,
+    /// Calls that reached the broker, failed ones and retries included.
+    pub model_calls: u64,
+    /// As OpenCode computes it, in US dollars; 0 for models without a known price.
+    pub cost: f64,
+    /// User and system time of every process of the session that has ended, in seconds.
+    pub cpu_seconds: Option<f64>,
+    pub memory_bytes: Option<u64>,
+    pub memory_peak_bytes: Option<u64>,
+    pub pids: Option<u64>,
+    pub read_bytes: Option<u64>,
+    pub written_bytes: Option<u64>,
+}
+
+/// The row of an execution: what was asked for, and how it stands.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ExecutionRecord {
+    pub id: ExecutionId,
+    /// The pod's project; history is read within one only.
+    pub project_id: String,
+    /// The sidecar instance (its state directory) that runs it.
+    pub owner: Uuid,
+    pub session_id: SessionId,
+    pub task: Task,
+    pub status: Status,
+    pub reason: Option<Reason>,
+    /// 0–100, from the agent's to-do list; `None` where it keeps none.
+    pub progress: Option<u8>,
+    pub last_seq: u64,
+    pub created_at: DateTime<Utc>,
+    pub started_at: Option<DateTime<Utc>>,
+    pub completed_at: Option<DateTime<Utc>>,
+    pub paused_ms: u64,
+    /// Protections that were on while it ran, by name.
+    pub protections: Vec<String>,
+    pub final_message: Option<String>,
+    pub files_modified: Vec<String>,
+    pub usage: Usage,
+}
+
+impl ExecutionRecord {
+    /// Time on its own clock, in milliseconds; `None` before it started.
+    pub fn duration_ms(&self, now: DateTime<Utc>) -> Option<u64> {
+        let started = self.started_at?;
+        let whole = (self.completed_at.unwrap_or(now) - started).num_milliseconds();
+        Some(u64::try_from(whole).unwrap_or(0).saturating_sub(self.paused_ms))
+    }
+
+    /// Takes over what the state machine decided.
+    pub fn set_state(&mut self, state: &State, now: DateTime<Utc>) {
+        self.status = state.status;
+        self.reason = state.reason;
+        self.started_at = state.started_at;
+        self.completed_at = state.completed_at;
+        self.paused_ms = u64::try_from(state.paused_time(now).num_milliseconds()).unwrap_or(0);
+    }
+}

@@ -1,0 +1,115 @@
+//! A task as it was accepted: every field checked, every default filled in. No secret is in it.
+
+use super::{SessionId, TaskId};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::time::Duration;
+
+/// What to run, as accepted. Stored with the execution and shown by `GET /tasks/{id}`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Task {
+    pub task_id: TaskId,
+    pub prompt: Option<String>,
+    pub code: Option<String>,
+    pub context: Option<String>,
+    /// The session that the caller asked for; absent where the execution gets one of its own.
+    pub session_id: Option<SessionId>,
+    pub model: ModelChoice,
+    pub system_prompt: Option<String>,
+    pub agent: Option<String>,
+    /// Relative to the workspace, without `..`; absent for the workspace itself.
+    pub workdir: Option<String>,
+    /// Wall clock without paused time, in whole seconds.
+    pub timeout_seconds: u64,
+    pub limits: Limits,
+    /// The caller's own JSON, handed back unread.
+    pub metadata: Option<Value>,
+}
+
+impl Task {
+    /// The deadline of the whole run.
+    pub fn timeout(&self) -> Duration {
+        Duration::from_secs(self.timeout_seconds)
+    }
+
+    /// What OpenCode is prompted with: the prompt, then the code and the context, each under a heading of its own.
+    pub fn prompt_text(&self) -> String {
+        let mut text = self.prompt.clone().unwrap_or_default();
+        for (heading, part) in [("Code", &self.code), ("Context", &self.context)] {
+            if let Some(part) = part {
+                if !text.is_empty() {
+                    text.push_str("\n\n");
+                }
+                text.push_str("# ");
+                text.push_str(heading);
+                text.push_str("\n\n");
+                text.push_str(part);
+            }
+        }
+        text
+    }
+}
+
+/// Which protocol a provider speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Provider {
+    /// OpenAI's chat completions at api.openai.com, or another place that speaks them.
+    Openai,
+    /// Anthropic's messages at api.anthropic.com.
+    Anthropic,
+    /// An OpenAI-compatible server of one's own; needs an endpoint.
+    Local,
+    /// Any other OpenAI-compatible provider; needs an endpoint.
+    Custom,
+}
+
+impl Provider {
+    /// The word in requests and in `OPENCODE_PROVIDER`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Openai => "openai",
+            Self::Anthropic => "anthropic",
+            Self::Local => "local",
+            Self::Custom => "custom",
+        }
+    }
+
+    /// The provider for a word; `None` for an unknown one.
+    pub fn parse(word: &str) -> Option<Self> {
+        [Self::Openai, Self::Anthropic, Self::Local, Self::Custom].into_iter().find(|p| p.as_str() == word)
+    }
+
+    /// The provider's public base URL, where it has one.
+    pub fn default_endpoint(self) -> Option<&'static str> {
+        match self {
+            Self::Openai => Some("https://api.openai.com/v1"),
+            Self::Anthropic => Some("https://api.anthropic.com/v1"),
+            Self::Local | Self::Custom => None,
+        }
+    }
+}
+
+/// The model that a task runs on, without its key.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelChoice {
+    pub provider: Provider,
+    pub model: String,
+    /// Base URL, up to and with the version (`https://api.openai.com/v1`).
+    pub endpoint: String,
+    pub temperature: Option<f64>,
+    pub max_tokens: Option<u32>,
+    /// OpenCode's own tool names; `None` means all.
+    pub enabled_tools: Option<Vec<String>>,
+}
+
+/// Ceilings of one execution that hold in this version; each is at most the configured one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Limits {
+    /// Bytes of shell output that are kept; more ends the run.
+    pub output_bytes: u64,
+    /// Calls of the model, failed ones included.
+    pub model_calls: u64,
+    /// Tokens in and out, as the provider counts them.
+    pub total_tokens: u64,
+}
