@@ -7,6 +7,7 @@ pub mod event;
 pub mod execution;
 pub mod id;
 pub mod record;
+pub mod request;
 pub mod task;
 
 pub use event::{Event, EventType, NewEvent, Severity};

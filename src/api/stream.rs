@@ -1,0 +1,303 @@
+//! `GET /tasks/{execution_id}/stream`: the log as it grows, over SSE or WebSocket.
+//!
+//! Both are a [`Cursor`] over the log and differ in their frames only. The route judges the credential itself, since
+//! a browser's WebSocket can send it as its first frame.
+
+use crate::api::auth::{Auth, Presented, STREAM_PROTOCOL, peer};
+use crate::api::cursor::{Cursor, Next};
+use crate::api::problem::Problem;
+use crate::api::server::ConnectionSlot;
+use crate::api::tasks::{TasksApi, find, parse_id};
+use axum::body::{Body, Bytes};
+use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
+use axum::extract::{FromRequestParts, Path, Request, State};
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use futures_util::{SinkExt, StreamExt};
+use serde::Deserialize;
+use serde_json::json;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+/// How often a quiet connection is told that it lives.
+const PING: Duration = Duration::from_secs(15);
+/// How long a reader may take nothing.
+const STUCK: Duration = Duration::from_secs(60);
+/// How long a socket without a credential may wait with its first frame, and how many of them may.
+const FIRST_FRAME: Duration = Duration::from_secs(10);
+const UNKNOWN_SOCKETS: usize = 32;
+/// The longest message that a client may send, in bytes.
+const MAX_MESSAGE: usize = 64 * 1024;
+
+/// WebSocket close codes (CONTRACT "WebSocket").
+mod close {
+    pub(super) const DONE: u16 = 1000;
+    pub(super) const INTERNAL: u16 = 1011;
+    pub(super) const RESTART: u16 = 1012;
+    pub(super) const BAD_FRAME: u16 = 4400;
+    pub(super) const UNAUTHORIZED: u16 = 4401;
+    pub(super) const NOT_FOUND: u16 = 4404;
+    pub(super) const STUCK: u16 = 4408;
+}
+
+/// What streams need beside the service.
+#[derive(Clone, Debug)]
+pub struct StreamApi {
+    pub tasks: TasksApi,
+    pub auth: Auth,
+    /// Told when the sidecar shuts down: streams end then.
+    pub shutdown: CancellationToken,
+    unknown: Arc<Semaphore>,
+}
+
+impl StreamApi {
+    /// For the routes of [`routes`].
+    pub fn new(tasks: TasksApi, auth: Auth, shutdown: CancellationToken) -> Self {
+        Self { tasks, auth, shutdown, unknown: Arc::new(Semaphore::new(UNKNOWN_SOCKETS)) }
+    }
+}
+
+/// The streaming routes.
+pub fn routes(api: StreamApi) -> utoipa_axum::router::OpenApiRouter {
+    utoipa_axum::router::OpenApiRouter::new().routes(utoipa_axum::routes!(stream)).with_state(api)
+}
+
+#[derive(Debug, Default, Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+struct StreamQuery {
+    /// Only events after this one; everything from the start without it. For SSE `Last-Event-ID` says the same.
+    #[serde(default)]
+    after: Option<u64>,
+}
+
+/// The log as it grows: WebSocket with `Upgrade`, else server-sent events
+///
+/// Each connection is a cursor over the log: every event once, in order, from `after` on. The WebSocket speaks
+/// `opencode.stream.v1` and closes with 1000 after `complete`, 1012 at a restart, 4400 after a bad frame, 4401 without
+/// a good credential, 4404 where there is no such execution, 4408 for a reader that took nothing for 60 s. An `after`
+/// beyond the log's end is answered by a `reset` frame, and the log from its start.
+#[utoipa::path(
+    get, path = "/tasks/{execution_id}/stream", tag = "tasks",
+    params(("execution_id" = crate::model::ExecutionId, Path), StreamQuery),
+    responses(
+        (status = 101, description = "A WebSocket: one event a text frame"),
+        (status = 200, description = "Server-sent events: `id` is the seq, `event` the type", content_type = "text/event-stream", body = String),
+    ),
+)]
+async fn stream(State(api): State<StreamApi>, Path(id): Path<String>, request: Request) -> Result<Response, Problem> {
+    let (mut parts, _) = request.into_parts();
+    let upgrade = WebSocketUpgrade::from_request_parts(&mut parts, &()).await.ok();
+    let presented = api.auth.presented(&parts.headers, peer(&parts.extensions));
+    if upgrade.is_none() && presented != Presented::Valid {
+        return Err(api.auth.refusal());
+    }
+    let crate::api::ApiQuery(query) = crate::api::ApiQuery::<StreamQuery>::from_request_parts(&mut parts, &()).await?;
+    let id = parse_id(&id)?;
+    let Some(upgrade) = upgrade else {
+        let last_event_id = parts.headers.get("last-event-id").map(|value| {
+            value.to_str().ok().and_then(|value| value.trim().parse().ok()).ok_or_else(|| {
+                Problem::invalid_field("Last-Event-ID", "must be the id of an event: a whole number")
+            })
+        });
+        let after = match (query.after, last_event_id) {
+            (Some(after), _) => after,
+            (None, Some(after)) => after?,
+            (None, None) => 0,
+        };
+        let view = find(&api.tasks, id).await?;
+        let mut cursor = Cursor::new(api.tasks.executions.clone(), id, after);
+        let reset = cursor.reset_if_beyond(view.last_seq);
+        return Ok(server_sent_events(cursor, reset.then_some(view.last_seq), api.shutdown.clone()));
+    };
+    let slot = parts.extensions.get::<ConnectionSlot>().cloned();
+    let upgrade = upgrade.protocols([STREAM_PROTOCOL]).max_message_size(MAX_MESSAGE).max_frame_size(MAX_MESSAGE);
+    Ok(upgrade.on_upgrade(move |socket| async move {
+        let _slot = slot;
+        let mut socket = Socket { socket };
+        let (code, reason) = match socket.serve(&api, presented, id, query.after.unwrap_or(0)).await {
+            Ok((code, reason)) => (code, reason),
+            // The connection is gone: nobody to tell.
+            Err(Broken) => return,
+        };
+        let frame = CloseFrame { code, reason: reason.into() };
+        let _ = tokio::time::timeout(STUCK, socket.socket.send(Message::Close(Some(frame)))).await;
+    }))
+}
+
+fn server_sent_events(mut cursor: Cursor, reset: Option<u64>, shutdown: CancellationToken) -> Response {
+    let body = async_stream::stream! {
+        if let Some(last_seq) = reset {
+            let data = json!({ "type": "reset", "last_seq": last_seq });
+            yield Ok::<_, std::convert::Infallible>(Bytes::from(format!("event: reset\ndata: {data}\n\n")));
+        }
+        loop {
+            let next = tokio::select! {
+                next = cursor.next() => next,
+                () = shutdown.cancelled() => {
+                    yield Ok(Bytes::from_static(b": the sidecar restarts\nretry: 1000\n\n"));
+                    return;
+                }
+                () = tokio::time::sleep(PING) => {
+                    yield Ok(Bytes::from_static(b": ping\n\n"));
+                    continue;
+                }
+            };
+            match next {
+                Ok(Next::Events(events)) => {
+                    let mut text = String::new();
+                    for event in events {
+                        use std::fmt::Write;
+                        // Writing to a string cannot fail. The envelope has no line break in it.
+                        let _ = write!(text, "id: {}\nevent: {}\ndata: {}\n\n", event.seq, event.kind.as_str(), event.json);
+                    }
+                    yield Ok(Bytes::from(text));
+                }
+                Ok(Next::End | Next::Gone) => return,
+                Err(error) => {
+                    // The client comes again with its last id, and finds everything after it.
+                    tracing::warn!(error = &error as &dyn std::error::Error, "a stream could not be read on");
+                    return;
+                }
+            }
+        }
+    };
+    let headers = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
+    (headers, [("x-accel-buffering", "no")], Body::from_stream(body)).into_response()
+}
+
+/// The connection is gone.
+struct Broken;
+
+type Closing = (u16, &'static str);
+
+struct Socket {
+    socket: WebSocket,
+}
+
+#[derive(Deserialize)]
+struct ClientFrame {
+    r#type: String,
+    #[serde(default)]
+    token: Option<String>,
+    #[serde(default)]
+    reason: Option<String>,
+}
+
+impl Socket {
+    async fn serve(
+        &mut self,
+        api: &StreamApi,
+        presented: Presented,
+        id: crate::model::ExecutionId,
+        after: u64,
+    ) -> Result<Closing, Broken> {
+        let allowed = match presented {
+            Presented::Valid => true,
+            Presented::Invalid => false,
+            Presented::None => self.first_frame_is_good(api).await?,
+        };
+        if !allowed {
+            return Ok((close::UNAUTHORIZED, "a valid credential is required"));
+        }
+        let view = match api.tasks.executions.view(id).await {
+            Ok(Some(view)) => view,
+            Ok(None) => return Ok((close::NOT_FOUND, "there is no execution with this id")),
+            Err(_) => return Ok((close::INTERNAL, "the database cannot be asked")),
+        };
+        let mut cursor = Cursor::new(api.tasks.executions.clone(), id, after);
+        if cursor.reset_if_beyond(view.last_seq) {
+            self.send(json!({ "type": "reset", "last_seq": view.last_seq }).to_string()).await?;
+        }
+        let mut ping = tokio::time::interval_at(tokio::time::Instant::now() + PING, PING);
+        loop {
+            tokio::select! {
+                next = cursor.next() => match next {
+                    Ok(Next::Events(events)) => {
+                        let sent = tokio::time::timeout(STUCK, async {
+                            for event in events {
+                                self.socket.feed(Message::text(event.json.as_ref())).await.map_err(|_| Broken)?;
+                            }
+                            self.socket.flush().await.map_err(|_| Broken)
+                        });
+                        match sent.await {
+                            Ok(sent) => sent?,
+                            Err(_) => return Ok((close::STUCK, "nothing was taken for 60 s")),
+                        }
+                    }
+                    Ok(Next::End) => return Ok((close::DONE, "complete")),
+                    Ok(Next::Gone) => return Ok((close::NOT_FOUND, "the execution is gone")),
+                    Err(error) => {
+                        tracing::warn!(error = &error as &dyn std::error::Error, "a stream could not be read on");
+                        return Ok((close::INTERNAL, "the log cannot be read now"));
+                    }
+                },
+                message = self.socket.recv() => match message {
+                    Some(Ok(Message::Text(text))) => {
+                        let Ok(frame) = serde_json::from_str::<ClientFrame>(&text) else {
+                            return Ok((close::BAD_FRAME, "a frame must be a JSON object with a type"));
+                        };
+                        self.command(api, id, frame).await?;
+                    }
+                    Some(Ok(Message::Binary(_))) => return Ok((close::BAD_FRAME, "frames must be text")),
+                    Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+                    Some(Ok(Message::Close(_)) | Err(_)) | None => return Err(Broken),
+                },
+                _ = ping.tick() => {
+                    let ping = self.socket.send(Message::Ping(Bytes::new()));
+                    match tokio::time::timeout(STUCK, ping).await {
+                        Ok(sent) => sent.map_err(|_| Broken)?,
+                        Err(_) => return Ok((close::STUCK, "nothing was taken for 60 s")),
+                    }
+                }
+                () = api.shutdown.cancelled() => return Ok((close::RESTART, "the sidecar restarts")),
+            }
+        }
+    }
+
+    async fn first_frame_is_good(&mut self, api: &StreamApi) -> Result<bool, Broken> {
+        let Ok(_place) = Arc::clone(&api.unknown).try_acquire_owned() else { return Ok(false) };
+        let frame = async {
+            loop {
+                match self.socket.recv().await {
+                    Some(Ok(Message::Text(text))) => return Ok(serde_json::from_str::<ClientFrame>(&text).ok()),
+                    Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+                    Some(Ok(_)) => return Ok(None),
+                    Some(Err(_)) | None => return Err(Broken),
+                }
+            }
+        };
+        let waited = tokio::select! {
+            waited = tokio::time::timeout(FIRST_FRAME, frame) => waited,
+            () = api.shutdown.cancelled() => return Ok(false),
+        };
+        let frame = match waited {
+            Ok(frame) => frame?,
+            Err(_) => None,
+        };
+        Ok(frame.is_some_and(|f| f.r#type == "auth" && f.token.is_some_and(|token| api.auth.check(&token))))
+    }
+
+    async fn command(&mut self, api: &StreamApi, id: crate::model::ExecutionId, frame: ClientFrame) -> Result<(), Broken> {
+        let answer = match frame.r#type.as_str() {
+            "cancel" => match api.tasks.executions.cancel(id, frame.reason.as_deref(), Duration::ZERO).await {
+                Ok(_) => json!({ "type": "ack", "of": "cancel" }),
+                Err(_) => json!({ "type": "error", "of": "cancel", "code": "unavailable", "message": "The database cannot be asked." }),
+            },
+            "auth" => json!({ "type": "ack", "of": "auth" }),
+            "pause" | "resume" | "message" | "permission_reply" | "question_reply" => json!({
+                "type": "error", "of": frame.r#type, "code": "not_supported", "message": "This version does not support it."
+            }),
+            _ => json!({ "type": "error", "code": "unknown_type", "message": "There is no such frame." }),
+        };
+        self.send(answer.to_string()).await
+    }
+
+    async fn send(&mut self, text: String) -> Result<(), Broken> {
+        match tokio::time::timeout(STUCK, self.socket.send(Message::text(text))).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) | Err(_) => Err(Broken),
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! The log of one live execution: numbers its events, and holds its newest committed ones in memory.
+
+use super::{Page, ReadQuery, Shared};
+use crate::model::event::{Event, NewEvent};
+use crate::model::{ExecutionId, ExecutionRecord, Status};
+use crate::store::Write;
+use chrono::Utc;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::watch;
+
+/// How much of a log is kept in memory for its readers; older events come from the store.
+const TAIL_BYTES: usize = 1024 * 1024;
+
+/// How far a log goes, as committed. A level: readers look at it, it is not a message.
+#[derive(Clone, Debug)]
+pub struct Head {
+    pub last_seq: u64,
+    pub record: Arc<ExecutionRecord>,
+    /// Whether the execution itself is written. Before that, nobody may know of it.
+    pub committed: bool,
+    /// Its last event is there: nothing follows.
+    pub ended: bool,
+    /// The log could not be written and is given up; its execution is lost to its readers.
+    pub lost: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Live {
+    pub(super) id: ExecutionId,
+    next: Mutex<u64>,
+    tail: Mutex<Tail>,
+    head: watch::Sender<Head>,
+}
+
+#[derive(Debug, Default)]
+struct Tail {
+    events: VecDeque<Event>,
+    bytes: usize,
+}
+
+impl Live {
+    pub(super) fn new(record: ExecutionRecord) -> Self {
+        let head = Head {
+            last_seq: record.last_seq,
+            committed: record.last_seq > 0,
+            record: Arc::new(record),
+            ended: false,
+            lost: false,
+        };
+        Self {
+            id: head.record.id,
+            next: Mutex::new(head.last_seq + 1),
+            tail: Mutex::default(),
+            head: watch::Sender::new(head),
+        }
+    }
+
+    pub(super) fn subscribe(&self) -> watch::Receiver<Head> {
+        self.head.subscribe()
+    }
+
+    /// What the commit point has taken becomes visible. Returns whether the log has ended with it.
+    pub(super) fn publish(&self, events: Vec<Event>, record: Option<ExecutionRecord>) -> bool {
+        let last = events.last().map(|event| event.seq);
+        if !events.is_empty() {
+            let mut tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
+            for event in events {
+                tail.bytes += event.json.len();
+                tail.events.push_back(event);
+            }
+            while tail.bytes > TAIL_BYTES
+                && let Some(oldest) = tail.events.pop_front()
+            {
+                tail.bytes -= oldest.json.len();
+            }
+        }
+        self.head.send_modify(|head| {
+            head.committed = true;
+            head.last_seq = last.unwrap_or(head.last_seq);
+            if let Some(record) = record {
+                head.ended |= record.status.is_final();
+                head.record = Arc::new(record);
+            }
+        });
+        self.head.borrow().ended
+    }
+
+    pub(super) fn give_up(&self) {
+        self.head.send_modify(|head| {
+            head.lost = true;
+            head.ended = true;
+        });
+    }
+
+    /// A piece out of memory; `None` where it begins before what memory holds.
+    pub(super) fn read_tail(&self, query: &ReadQuery, limit: u32) -> Option<Page> {
+        let tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
+        let last_seq = self.head.borrow().last_seq;
+        let first = tail.events.front().map_or(last_seq + 1, |event| event.seq);
+        if query.after + 1 < first && query.after < last_seq {
+            return None;
+        }
+        let mut page = Page { events: Vec::new(), next_after: query.after.max(last_seq), last_seq };
+        let skip = usize::try_from((query.after + 1).saturating_sub(first)).unwrap_or(usize::MAX);
+        for event in tail.events.iter().skip(skip).take_while(|event| event.seq <= last_seq) {
+            let wanted = query.types.as_ref().is_none_or(|types| types.contains(&event.kind))
+                && query.severities.as_ref().is_none_or(|severities| severities.contains(&event.severity));
+            if wanted {
+                page.events.push(event.clone());
+                if page.events.len() >= limit as usize {
+                    page.next_after = event.seq;
+                    break;
+                }
+            }
+        }
+        Some(page)
+    }
+}
+
+/// The one way into the log of one execution.
+#[derive(Clone, Debug)]
+pub struct Writer {
+    shared: Arc<Shared>,
+    live: Arc<Live>,
+}
+
+impl Writer {
+    pub(super) fn new(shared: Arc<Shared>, live: Arc<Live>) -> Self {
+        Self { shared, live }
+    }
+
+    pub(super) fn submit(&self, record: ExecutionRecord) {
+        self.shared.queue.push(&self.live, vec![Write::Submit(Box::new(record))]);
+    }
+
+    /// Appends an event; waits only while very much is queued. Returns its number.
+    pub async fn append(&self, event: NewEvent) -> u64 {
+        self.shared.queue.room().await;
+        self.enqueue(vec![event], |events, _| events)
+    }
+
+    /// Appends a change of status with its event(s), as one: `record` is how the execution stands after it.
+    /// The status `expected` is what the row must show now.
+    pub fn change(&self, expected: Status, record: ExecutionRecord, events: Vec<NewEvent>) -> u64 {
+        self.enqueue(events, |mut writes, last_seq| {
+            let record = ExecutionRecord { last_seq, ..record };
+            writes.push(Write::Change { expected, record: Box::new(record) });
+            writes
+        })
+    }
+
+    /// Writes how the execution stands between changes of status.
+    pub fn progress(&self, record: ExecutionRecord) {
+        self.enqueue(Vec::new(), |mut writes, last_seq| {
+            writes.push(Write::Progress(Box::new(ExecutionRecord { last_seq, ..record })));
+            writes
+        });
+    }
+
+    /// The number is given and the event queued under one lock: no two have the same one, and none overtakes.
+    fn enqueue(&self, events: Vec<NewEvent>, finish: impl FnOnce(Vec<Write>, u64) -> Vec<Write>) -> u64 {
+        let mut next = self.live.next.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Utc::now();
+        let mut writes = Vec::with_capacity(events.len() + 1);
+        for event in events {
+            self.shared.metrics.event_appended(event.kind);
+            writes.push(Write::Event { execution: self.live.id, event: event.seal(*next, now) });
+            *next += 1;
+        }
+        let last = *next - 1;
+        self.shared.queue.push(&self.live, finish(writes, last));
+        last
+    }
+
+    /// The log as it stands, to look at or to wait on.
+    pub fn head(&self) -> watch::Receiver<Head> {
+        self.live.subscribe()
+    }
+
+    /// Waits until the event `seq` is committed. `false` where the log was given up.
+    pub async fn committed(&self, seq: u64) -> bool {
+        let mut head = self.live.subscribe();
+        match head.wait_for(|head| head.lost || (head.committed && head.last_seq >= seq)).await {
+            Ok(head) => !head.lost,
+            Err(_) => false,
+        }
+    }
+}

@@ -1,0 +1,347 @@
+//! From what a caller asks for to a [`Task`]: every field checked, every default filled in.
+//!
+//! What this version cannot do is refused by the field's name, never skipped.
+
+use crate::model::request::{LimitsRequest, ModelConfig, OnRestart, PermissionMode, TaskRequest};
+use crate::model::task::{Limits, ModelChoice, Provider, Task};
+use crate::opencode::profile::TOOLS;
+use crate::workspace::is_plain_relative;
+use secrecy::{ExposeSecret, SecretString};
+use std::path::Path;
+
+/// The longest `metadata`, as JSON, in bytes.
+const MAX_METADATA: usize = 16 * 1024;
+/// The longest name (of a model, agent, directory) in bytes.
+const MAX_NAME: usize = 1024;
+
+/// What the configuration allows, and its defaults.
+#[derive(Clone, Debug)]
+pub struct Ceilings {
+    pub task_timeout_seconds: u64,
+    /// Characters of `prompt` and `code` together; the same again for `context` and for `system_prompt`.
+    pub max_prompt_length: usize,
+    pub limits: Limits,
+    pub default_model: Option<(ModelChoice, SecretString)>,
+}
+
+/// A field that cannot be taken, and why.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {reason}")]
+pub struct FieldError {
+    /// Dotted path in the request, such as `model_config.temperature`.
+    pub field: String,
+    /// A sentence for the caller. Never the value itself.
+    pub reason: String,
+}
+
+fn refuse<T>(field: &str, reason: impl Into<String>) -> Result<T, FieldError> {
+    Err(FieldError { field: field.to_owned(), reason: reason.into() })
+}
+
+const NOT_YET: &str = "is not supported by this version";
+
+/// Checks a request. The model's key is handed out beside the task, which is stored and shown.
+///
+/// # Errors
+/// The first field that cannot be taken.
+pub fn admit(request: TaskRequest, ceilings: &Ceilings) -> Result<(Task, SecretString), FieldError> {
+    let (prompt, code) = (non_empty(request.prompt), non_empty(request.code));
+    if prompt.is_none() && code.is_none() {
+        return refuse("prompt", "at least one of prompt and code is required");
+    }
+    let (context, system_prompt) = (non_empty(request.context), non_empty(request.system_prompt));
+    let length = |text: &Option<String>| text.as_deref().map_or(0, |t| t.chars().count());
+    let max = ceilings.max_prompt_length;
+    if length(&prompt) + length(&code) > max {
+        let field = if length(&prompt) >= length(&code) { "prompt" } else { "code" };
+        return refuse(field, format!("prompt and code together may have at most {max} characters (MAX_PROMPT_LENGTH)"));
+    }
+    for (field, text) in
+        [("prompt", &prompt), ("code", &code), ("context", &context), ("system_prompt", &system_prompt)]
+    {
+        if length(text) > max {
+            return refuse(field, format!("may have at most {max} characters (MAX_PROMPT_LENGTH)"));
+        }
+        if text.as_deref().is_some_and(|t| t.contains('\0')) {
+            return refuse(field, "may not contain the character U+0000");
+        }
+    }
+    if request.on_restart == Some(OnRestart::Resume) {
+        return refuse("on_restart", format!("`resume` {NOT_YET}"));
+    }
+    if let Some(permissions) = &request.permissions {
+        match permissions.mode {
+            None | Some(PermissionMode::Allow) => {}
+            Some(_) => return refuse("permissions.mode", format!("only `allow` is possible: another mode {NOT_YET}")),
+        }
+        if permissions.deadline_seconds.is_some() {
+            return refuse("permissions.deadline_seconds", NOT_YET);
+        }
+        if permissions.on_deadline.is_some() {
+            return refuse("permissions.on_deadline", NOT_YET);
+        }
+    }
+    let timeout_seconds = match request.timeout_seconds {
+        None => ceilings.task_timeout_seconds,
+        Some(0) => return refuse("timeout_seconds", "must be at least 1"),
+        Some(seconds) if seconds > ceilings.task_timeout_seconds => {
+            return refuse(
+                "timeout_seconds",
+                format!("may be at most {} (TASK_TIMEOUT)", ceilings.task_timeout_seconds),
+            );
+        }
+        Some(seconds) => seconds,
+    };
+    let workdir = non_empty(request.workdir);
+    if let Some(dir) = &workdir {
+        name("workdir", dir)?;
+        if !is_plain_relative(Path::new(dir)) {
+            return refuse("workdir", "must be relative to the workspace and may not lead outside of it");
+        }
+    }
+    let agent = non_empty(request.agent);
+    if let Some(agent) = &agent
+        && !["build", "plan"].contains(&agent.as_str())
+    {
+        return refuse("agent", "must be `build` or `plan`");
+    }
+    if let Some(metadata) = &request.metadata
+        && metadata.to_string().len() > MAX_METADATA
+    {
+        return refuse("metadata", format!("may have at most {MAX_METADATA} bytes as JSON"));
+    }
+    let (model, api_key) = match request.model_config {
+        Some(config) => model(config)?,
+        None => match &ceilings.default_model {
+            Some((model, key)) => (model.clone(), key.clone()),
+            None => {
+                return refuse(
+                    "model_config",
+                    "is required: this sidecar has no default model (OPENCODE_PROVIDER, OPENCODE_MODEL)",
+                );
+            }
+        },
+    };
+    let task = Task {
+        task_id: request.task_id,
+        prompt,
+        code,
+        context,
+        session_id: request.session_id,
+        model,
+        system_prompt,
+        agent,
+        workdir,
+        timeout_seconds,
+        limits: limits(&request.limits.unwrap_or_default(), &ceilings.limits)?,
+        metadata: request.metadata,
+    };
+    Ok((task, api_key))
+}
+
+fn non_empty(text: Option<String>) -> Option<String> {
+    text.filter(|t| !t.is_empty())
+}
+
+/// Names go into paths, logs and terminals: no control characters, nothing that turns the direction of text.
+fn name(field: &str, value: &str) -> Result<(), FieldError> {
+    let bad = |c: char| c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}');
+    if value.len() > MAX_NAME {
+        return refuse(field, format!("may have at most {MAX_NAME} bytes"));
+    }
+    if value.chars().any(bad) {
+        return refuse(field, "may not contain control or direction characters");
+    }
+    Ok(())
+}
+
+fn model(config: ModelConfig) -> Result<(ModelChoice, SecretString), FieldError> {
+    if config.api_key_encrypted.is_some() {
+        return refuse("model_config.api_key_encrypted", NOT_YET);
+    }
+    if config.model_version.is_some() {
+        return refuse("model_config.model_version", NOT_YET);
+    }
+    let Some(provider) = Provider::parse(&config.provider) else {
+        return refuse("model_config.provider", "must be one of openai, anthropic, local, custom");
+    };
+    if config.model.trim().is_empty() {
+        return refuse("model_config.model", "must not be empty");
+    }
+    name("model_config.model", &config.model)?;
+    let endpoint = match (non_empty(config.api_endpoint), provider.default_endpoint()) {
+        (Some(endpoint), _) => check_endpoint(endpoint)?,
+        (None, Some(default)) => default.to_owned(),
+        (None, None) => {
+            return refuse("model_config.api_endpoint", "is required for the providers local and custom");
+        }
+    };
+    if let Some(temperature) = config.temperature
+        && !(0.0..=2.0).contains(&temperature)
+    {
+        return refuse("model_config.temperature", "must be between 0 and 2");
+    }
+    if let Some(tokens) = config.max_tokens
+        && !(1..=128_000).contains(&tokens)
+    {
+        return refuse("model_config.max_tokens", "must be between 1 and 128000");
+    }
+    let api_key = config.api_key.unwrap_or_default();
+    if api_key.expose_secret().is_empty() && matches!(provider, Provider::Openai | Provider::Anthropic) {
+        return refuse("model_config.api_key", "is required for the providers openai and anthropic");
+    }
+    if api_key.expose_secret().len() > 4096 || !api_key.expose_secret().bytes().all(|b| b.is_ascii_graphic()) {
+        return refuse("model_config.api_key", "must be at most 4096 visible ASCII characters");
+    }
+    let choice = ModelChoice {
+        provider,
+        model: config.model,
+        endpoint,
+        temperature: config.temperature,
+        max_tokens: config.max_tokens,
+        enabled_tools: tools(config.enabled_tools)?,
+    };
+    Ok((choice, api_key))
+}
+
+fn check_endpoint(endpoint: String) -> Result<String, FieldError> {
+    let field = "model_config.api_endpoint";
+    let Ok(url) = url::Url::parse(&endpoint) else { return refuse(field, "must be an absolute URL") };
+    if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
+        return refuse(field, "must be an http or https URL");
+    }
+    if !url.username().is_empty() || url.password().is_some() || url.query().is_some() || url.fragment().is_some() {
+        return refuse(field, "may not carry credentials, a query or a fragment");
+    }
+    Ok(endpoint.trim_end_matches('/').to_owned())
+}
+
+/// The backend's words stand for several tools of OpenCode each; OpenCode's own names are understood too.
+fn tools(asked: Option<Vec<String>>) -> Result<Option<Vec<String>>, FieldError> {
+    let Some(asked) = asked.filter(|tools| !tools.is_empty()) else { return Ok(None) };
+    let mut enabled = Vec::new();
+    for (i, word) in asked.iter().enumerate() {
+        let stands_for: &[&str] = match word.as_str() {
+            "file_ops" => &["read", "write", "edit", "patch", "glob", "grep", "list"],
+            "terminal" | "code_exec" => &["bash"],
+            "web_search" => &["webfetch", "websearch"],
+            own if TOOLS.contains(&own) => std::slice::from_ref(&TOOLS[TOOLS.iter().position(|t| *t == own).unwrap_or(0)]),
+            _ => return refuse(&format!("model_config.enabled_tools[{i}]"), "is no tool that is known here"),
+        };
+        for tool in stands_for {
+            if !enabled.iter().any(|e| e == tool) {
+                enabled.push((*tool).to_owned());
+            }
+        }
+    }
+    Ok(Some(enabled))
+}
+
+fn limits(asked: &LimitsRequest, ceilings: &Limits) -> Result<Limits, FieldError> {
+    for (field, value) in [
+        ("limits.memory_bytes", asked.memory_bytes),
+        ("limits.cpu_millis", asked.cpu_millis),
+        ("limits.pids", asked.pids),
+        ("limits.disk_bytes", asked.disk_bytes),
+    ] {
+        if value.is_some() {
+            return refuse(field, NOT_YET);
+        }
+    }
+    let within = |field: &str, value: Option<u64>, ceiling: u64| match value {
+        None => Ok(ceiling),
+        Some(0) => refuse(field, "must be at least 1"),
+        Some(value) if value > ceiling => refuse(field, format!("may be at most {ceiling}, the configured ceiling")),
+        Some(value) => Ok(value),
+    };
+    Ok(Limits {
+        output_bytes: within("limits.output_bytes", asked.output_bytes, ceilings.output_bytes)?,
+        model_calls: within("limits.model_calls", asked.model_calls, ceilings.model_calls)?,
+        total_tokens: within("limits.total_tokens", asked.total_tokens, ceilings.total_tokens)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn ceilings() -> Ceilings {
+        Ceilings {
+            task_timeout_seconds: 100,
+            max_prompt_length: 20,
+            limits: Limits { output_bytes: 1000, model_calls: 10, total_tokens: 5000 },
+            default_model: None,
+        }
+    }
+
+    fn request(change: impl FnOnce(&mut Value)) -> TaskRequest {
+        let mut body = json!({
+            "task_id": "018f0000-0000-7000-8000-000000000001",
+            "prompt": "do it",
+            "model_config": {"provider": "custom", "model": "m", "api_endpoint": "http://127.0.0.1:1/v1/"},
+        });
+        change(&mut body);
+        serde_json::from_value(body).unwrap()
+    }
+
+    #[test]
+    fn defaults_are_filled_in() {
+        let (task, key) = admit(request(|_| {}), &ceilings()).unwrap();
+        assert_eq!(task.timeout_seconds, 100);
+        assert_eq!(task.limits, ceilings().limits);
+        assert_eq!(task.model.endpoint, "http://127.0.0.1:1/v1");
+        assert_eq!(task.model.enabled_tools, None);
+        assert_eq!(key.expose_secret(), "");
+    }
+
+    #[test]
+    fn every_bad_field_is_named() {
+        let cases: Vec<(&str, Box<dyn FnOnce(&mut Value)>)> = vec![
+            ("prompt", Box::new(|b| b["prompt"] = json!(""))),
+            ("prompt", Box::new(|b| b["prompt"] = json!("x".repeat(21)))),
+            ("prompt", Box::new(|b| b["prompt"] = json!("a\0b"))),
+            ("code", Box::new(|b| b["code"] = json!("x".repeat(18)))),
+            ("context", Box::new(|b| b["context"] = json!("x".repeat(21)))),
+            ("timeout_seconds", Box::new(|b| b["timeout_seconds"] = json!(0))),
+            ("timeout_seconds", Box::new(|b| b["timeout_seconds"] = json!(101))),
+            ("workdir", Box::new(|b| b["workdir"] = json!("../x"))),
+            ("workdir", Box::new(|b| b["workdir"] = json!("/etc"))),
+            ("workdir", Box::new(|b| b["workdir"] = json!("a\u{202e}b"))),
+            ("agent", Box::new(|b| b["agent"] = json!("nobody"))),
+            ("metadata", Box::new(|b| b["metadata"] = json!("x".repeat(20_000)))),
+            ("on_restart", Box::new(|b| b["on_restart"] = json!("resume"))),
+            ("permissions.mode", Box::new(|b| b["permissions"] = json!({"mode": "ask"}))),
+            ("limits.memory_bytes", Box::new(|b| b["limits"] = json!({"memory_bytes": 1}))),
+            ("limits.model_calls", Box::new(|b| b["limits"] = json!({"model_calls": 11}))),
+            ("limits.output_bytes", Box::new(|b| b["limits"] = json!({"output_bytes": 0}))),
+            ("model_config", Box::new(|b| b["model_config"] = Value::Null)),
+            ("model_config.provider", Box::new(|b| b["model_config"]["provider"] = json!("acme"))),
+            ("model_config.model", Box::new(|b| b["model_config"]["model"] = json!(" "))),
+            ("model_config.api_endpoint", Box::new(|b| b["model_config"]["api_endpoint"] = json!("ftp://x"))),
+            ("model_config.api_endpoint", Box::new(|b| b["model_config"]["api_endpoint"] = json!("http://u:p@x/"))),
+            ("model_config.api_endpoint", Box::new(|b| b["model_config"]["api_endpoint"] = Value::Null)),
+            ("model_config.temperature", Box::new(|b| b["model_config"]["temperature"] = json!(2.1))),
+            ("model_config.max_tokens", Box::new(|b| b["model_config"]["max_tokens"] = json!(128_001))),
+            ("model_config.api_key", Box::new(|b| b["model_config"] = json!({"provider": "openai", "model": "m"}))),
+            ("model_config.api_key", Box::new(|b| b["model_config"]["api_key"] = json!("a\nb"))),
+            ("model_config.api_key_encrypted", Box::new(|b| b["model_config"]["api_key_encrypted"] = json!("x"))),
+            ("model_config.enabled_tools[1]", Box::new(|b| b["model_config"]["enabled_tools"] = json!(["bash", "x"]))),
+        ];
+        for (field, change) in cases {
+            let error = admit(request(change), &ceilings()).map(|(task, _)| task).unwrap_err();
+            assert_eq!(error.field, field, "{error}");
+        }
+    }
+
+    #[test]
+    fn the_backends_words_for_tools() {
+        let tools_of = |words: Value| {
+            admit(request(|b| b["model_config"]["enabled_tools"] = words), &ceilings()).unwrap().0.model.enabled_tools
+        };
+        assert_eq!(tools_of(json!([])), None);
+        assert_eq!(tools_of(json!(["terminal", "code_exec", "bash"])), Some(vec!["bash".to_owned()]));
+        assert_eq!(tools_of(json!(["web_search", "todowrite"])).unwrap(), ["webfetch", "websearch", "todowrite"]);
+        assert_eq!(tools_of(json!(["file_ops"])).unwrap().len(), 7);
+    }
+}

@@ -1,0 +1,385 @@
+//! Executions: taken in, queued, run, cancelled, ended, forgotten.
+//!
+//! - `admit`: from a request to a task, or to the field that is wrong.
+//! - `queue`: who runs and who waits, pure.
+//! - `owner`: the life of one execution, from its turn to its last event.
+//!
+//! Statuses are decided by `model::execution` alone; this module carries out what it says.
+
+mod admit;
+mod owner;
+mod queue;
+
+pub use admit::{Ceilings, FieldError};
+
+use crate::events::{Events, Head};
+use crate::model::event::NewEvent;
+use crate::model::request::TaskRequest;
+use crate::model::{ExecutionId, ExecutionRecord, Reason, SessionId, Status, Task, Usage};
+use crate::sessions::Sessions;
+use crate::store::{Cursor, HistoryFilter, Store, StoreError};
+use crate::tasks::Tasks;
+use crate::telemetry::Metrics;
+use crate::workspace::Workspace;
+use chrono::Utc;
+use owner::Owner;
+use queue::Admission;
+use secrecy::SecretString;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::watch;
+use uuid::Uuid;
+
+/// How long a submission waits for its record to be durable.
+const SUBMIT_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// What the service is made with.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub project: String,
+    /// This sidecar's instance: its state directory's id.
+    pub owner: Uuid,
+    pub max_running: usize,
+    pub max_queued: usize,
+    pub ceilings: Ceilings,
+    /// Protections that are on for sessions, by name.
+    pub protections: Vec<String>,
+}
+
+/// The service. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Executions {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    settings: Settings,
+    store: Store,
+    events: Events,
+    sessions: Sessions,
+    workspace: Workspace,
+    tasks: Tasks,
+    metrics: Metrics,
+    admission: Mutex<Admission<Queued>>,
+    live: Mutex<HashMap<ExecutionId, Arc<Owner>>>,
+    live_count: watch::Sender<usize>,
+    closing: AtomicBool,
+    abandoned: AtomicUsize,
+}
+
+/// An execution that waits for its turn.
+#[derive(Debug)]
+struct Queued {
+    owner: Arc<Owner>,
+    api_key: SecretString,
+}
+
+/// Why a submission was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum SubmitError {
+    #[error(transparent)]
+    Field(#[from] FieldError),
+    #[error("there is no session with this id that takes tasks")]
+    UnknownSession,
+    #[error("the queue is full")]
+    QueueFull,
+    #[error("the sidecar shuts down")]
+    ShuttingDown,
+    #[error("the submission could not be stored in time")]
+    NotStored,
+}
+
+/// How an execution stands, for whoever asks.
+#[derive(Clone, Debug)]
+pub struct View {
+    pub record: Arc<ExecutionRecord>,
+    pub current_tool: Option<String>,
+    pub queue_position: Option<usize>,
+    pub last_seq: u64,
+}
+
+impl Executions {
+    /// The service; nothing runs yet.
+    pub fn new(
+        settings: Settings,
+        store: Store,
+        events: Events,
+        sessions: Sessions,
+        workspace: Workspace,
+        tasks: Tasks,
+        metrics: Metrics,
+    ) -> Self {
+        let admission = Mutex::new(Admission::new(settings.max_running, settings.max_queued));
+        Self {
+            shared: Arc::new(Shared {
+                settings,
+                store,
+                events,
+                sessions,
+                workspace,
+                tasks,
+                metrics,
+                admission,
+                live: Mutex::default(),
+                live_count: watch::Sender::new(0),
+                closing: AtomicBool::new(false),
+                abandoned: AtomicUsize::new(0),
+            }),
+        }
+    }
+
+    /// Ends what an earlier life of this instance left unfinished: its processes are gone (each jail ends its own
+    /// with the sidecar), so the executions were interrupted. Call it before anything is taken in.
+    ///
+    /// # Errors
+    /// Where the database cannot be asked.
+    pub async fn recover(&self) -> Result<usize, StoreError> {
+        let left = self.shared.store.unfinished(self.shared.settings.owner).await?;
+        let count = left.len();
+        for record in left {
+            tracing::warn!(execution = %record.id, status = record.status.as_str(), "an execution was interrupted by the end of the sidecar");
+            let owner = self.adopt(record);
+            owner.end_now(Reason::Interrupted, "The sidecar or its node went away while the task was running.").await;
+            self.forget(&owner);
+        }
+        Ok(count)
+    }
+
+    fn adopt(&self, record: ExecutionRecord) -> Arc<Owner> {
+        let writer = self.shared.events.open(record.clone());
+        let owner = Arc::new(Owner::new(record, writer));
+        let mut live = self.shared.lock_live();
+        live.insert(owner.id, Arc::clone(&owner));
+        self.shared.live_count.send_replace(live.len());
+        owner
+    }
+
+    fn forget(&self, owner: &Owner) {
+        let mut live = self.shared.lock_live();
+        live.remove(&owner.id);
+        self.shared.live_count.send_replace(live.len());
+    }
+
+    /// Takes a task in: it is durable when this returns, and runs when its turn comes. Goes on to its end even
+    /// where the caller does not wait for it.
+    ///
+    /// # Errors
+    /// [`SubmitError`]; nothing of it runs then.
+    pub async fn submit(&self, request: TaskRequest) -> Result<Arc<ExecutionRecord>, SubmitError> {
+        let (task, api_key) = admit::admit(request, &self.shared.settings.ceilings)?;
+        if task.session_id.is_some() {
+            return Err(SubmitError::UnknownSession);
+        }
+        if let Err(error) = self.shared.workspace.workdir(task.workdir.as_deref()) {
+            return Err(FieldError { field: "workdir".to_owned(), reason: error.to_string() }.into());
+        }
+        if self.shared.closing.load(Ordering::SeqCst) {
+            return Err(SubmitError::ShuttingDown);
+        }
+        // A place is held before anything is written, so that what is durable also runs.
+        self.shared.lock_admission().reserve().map_err(|queue::Full| SubmitError::QueueFull)?;
+        let service = self.clone();
+        let taken_in = self.shared.tasks.spawn("submit", async move { service.take_in(task, api_key).await });
+        taken_in.await.unwrap_or(Err(SubmitError::NotStored))
+    }
+
+    async fn take_in(&self, task: Task, api_key: SecretString) -> Result<Arc<ExecutionRecord>, SubmitError> {
+        let settings = &self.shared.settings;
+        let record = ExecutionRecord {
+            id: ExecutionId::new(),
+            project_id: settings.project.clone(),
+            owner: settings.owner,
+            session_id: SessionId::new(),
+            task,
+            status: Status::Pending,
+            reason: None,
+            progress: None,
+            last_seq: 0,
+            created_at: Utc::now(),
+            started_at: None,
+            completed_at: None,
+            paused_ms: 0,
+            protections: settings.protections.clone(),
+            final_message: None,
+            files_modified: Vec::new(),
+            usage: Usage::default(),
+        };
+        let owner = self.adopt(record.clone());
+        let seq = owner.writer.append(NewEvent::status(Status::Pending, None, None)).await;
+        let stored = tokio::time::timeout(SUBMIT_TIMEOUT, owner.writer.committed(seq)).await;
+        let mut admission = self.shared.lock_admission();
+        // Looked at under the lock: who comes after the shutdown has emptied the queue must not get into it.
+        let refused = match stored {
+            Ok(true) if !self.shared.closing.load(Ordering::SeqCst) => {
+                admission.enqueue(owner.id, Queued { owner, api_key });
+                drop(admission);
+                self.start_next();
+                return Ok(Arc::new(record));
+            }
+            Ok(true) => SubmitError::ShuttingDown,
+            _ => SubmitError::NotStored,
+        };
+        admission.release();
+        drop(admission);
+        // Where it is written after all, once the database is back, it is as one that never ran.
+        let service = self.clone();
+        self.shared.tasks.spawn("withdraw", async move {
+            owner.end_now(Reason::Interrupted, "The submission was refused, and the task did not run.").await;
+            service.forget(&owner);
+        });
+        Err(refused)
+    }
+
+    /// Starts as many as there are slots.
+    fn start_next(&self) {
+        let mut admission = self.shared.lock_admission();
+        while let Some((_, queued)) = admission.start_next() {
+            let service = self.clone();
+            self.shared.tasks.spawn("execution", async move {
+                let waited = Utc::now() - queued.owner.created_at();
+                service.shared.metrics.queue_waited(waited.to_std().unwrap_or_default());
+                let nothing_left = queued.owner.live(&service.shared, queued.api_key).await;
+                if !nothing_left {
+                    service.shared.abandoned.fetch_add(1, Ordering::SeqCst);
+                }
+                service.forget(&queued.owner);
+                service.shared.lock_admission().finished();
+                service.start_next();
+            });
+        }
+        self.shared.metrics.set_load(admission.running(), admission.queued());
+    }
+
+    /// How an execution stands; `None` where this project has none with the id.
+    ///
+    /// # Errors
+    /// Where only the database knows and cannot be asked.
+    pub async fn view(&self, id: ExecutionId) -> Result<Option<View>, StoreError> {
+        let owner = self.shared.lock_live().get(&id).cloned();
+        let head = self.shared.events.head(id).map(|head| head.borrow().clone());
+        if let Some(Head { committed: true, record, last_seq, .. }) = head {
+            let current_tool = owner.and_then(|owner| owner.current_tool());
+            let queue_position = self.shared.lock_admission().position(id);
+            return Ok(Some(View { record, current_tool, queue_position, last_seq }));
+        }
+        let record = self.shared.events.record(id).await?;
+        Ok(record.map(|record| View { last_seq: record.last_seq, record, current_tool: None, queue_position: None }))
+    }
+
+    /// History of the project, newest first.
+    ///
+    /// # Errors
+    /// Where the database cannot be asked.
+    pub async fn history(
+        &self,
+        filter: &HistoryFilter,
+        before: Option<Cursor>,
+        limit: u32,
+    ) -> Result<Vec<ExecutionRecord>, StoreError> {
+        self.shared.store.history(&self.shared.settings.project, filter, before, limit).await
+    }
+
+    /// The log that an execution's events are read from.
+    pub fn events(&self) -> &Events {
+        &self.shared.events
+    }
+
+    /// Asks for the end of an execution and waits, at most `patience`, until it has ended. Asking again, or after the
+    /// end, changes nothing. `None` for an unknown one.
+    ///
+    /// # Errors
+    /// Where only the database knows and cannot be asked.
+    pub async fn cancel(
+        &self,
+        id: ExecutionId,
+        why: Option<&str>,
+        patience: Duration,
+    ) -> Result<Option<View>, StoreError> {
+        let owner = self.shared.lock_live().get(&id).cloned();
+        if let Some(owner) = owner {
+            let message = match why {
+                Some(why) => format!("Cancelled by the caller: {why}"),
+                None => "Cancelled by the caller.".to_owned(),
+            };
+            // The lock decides: whoever takes it out of the queue ends it.
+            let queued = self.shared.lock_admission().remove(id);
+            match queued {
+                Some(queued) => {
+                    let service = self.clone();
+                    self.shared.tasks.spawn("cancel", async move {
+                        queued.owner.end_now(Reason::Cancelled, &message).await;
+                        service.forget(&queued.owner);
+                    });
+                }
+                None => owner.ask_to_end(Reason::Cancelled, &message).await,
+            }
+            self.ended(id, patience).await;
+        }
+        self.view(id).await
+    }
+
+    /// Waits until an execution has ended, at most `patience`; `true` where it has, or is unknown.
+    pub async fn ended(&self, id: ExecutionId, patience: Duration) -> bool {
+        let Some(mut head) = self.shared.events.head(id) else { return true };
+        tokio::time::timeout(patience, head.wait_for(|head| head.ended)).await.is_ok()
+    }
+
+    /// Ends an execution if it still runs, and removes its record and its events for good. `false` where it could
+    /// not be ended in time, and is still there.
+    ///
+    /// # Errors
+    /// Where the database cannot be asked.
+    pub async fn delete(&self, id: ExecutionId, patience: Duration) -> Result<bool, StoreError> {
+        self.cancel(id, Some("the execution is deleted"), patience).await?;
+        if self.shared.events.head(id).is_some_and(|head| !head.borrow().ended) {
+            return Ok(false);
+        }
+        self.shared.store.delete(&self.shared.settings.project, id).await?;
+        Ok(true)
+    }
+
+    /// Executions that run and that wait.
+    pub fn load(&self) -> (usize, usize) {
+        let admission = self.shared.lock_admission();
+        (admission.running(), admission.queued())
+    }
+
+    /// Whether no task is taken any more.
+    pub fn is_closing(&self) -> bool {
+        self.shared.closing.load(Ordering::SeqCst)
+    }
+
+    /// Takes nothing more in, ends everything as `interrupted`, and waits at most `grace` for it.
+    ///
+    /// # Errors
+    /// How many executions or sessions had to be abandoned.
+    pub async fn shut_down(&self, grace: Duration) -> Result<(), usize> {
+        self.shared.closing.store(true, Ordering::SeqCst);
+        let queued = self.shared.lock_admission().drain();
+        for (_, queued) in queued {
+            queued.owner.end_now(Reason::Interrupted, "The sidecar shut down before the task's turn came.").await;
+            self.forget(&queued.owner);
+        }
+        let running: Vec<_> = self.shared.lock_live().values().cloned().collect();
+        for owner in running {
+            owner.ask_to_end(Reason::Interrupted, "The sidecar shut down while the task was running.").await;
+        }
+        let mut live = self.shared.live_count.subscribe();
+        let _ = tokio::time::timeout(grace, live.wait_for(|live| *live == 0)).await;
+        let left = *self.shared.live_count.borrow() + self.shared.abandoned.load(Ordering::SeqCst);
+        if left == 0 { Ok(()) } else { Err(left) }
+    }
+}
+
+impl Shared {
+    fn lock_admission(&self) -> std::sync::MutexGuard<'_, Admission<Queued>> {
+        self.admission.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_live(&self) -> std::sync::MutexGuard<'_, HashMap<ExecutionId, Arc<Owner>>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

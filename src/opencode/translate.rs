@@ -1,0 +1,427 @@
+//! OpenCode's events into ours: a pure function over what it has seen so far.
+//!
+//! No I/O and no clock. The golden files under `tests/golden/` were recorded from real runs and hold it to what
+//! OpenCode really sends.
+//!
+//! What becomes of an event of OpenCode:
+//! - it has a type of ours: translated, by the functions below;
+//! - it only repeats or prepares what others say (`message.updated`, `session.updated`, `session.diff`,
+//!   heartbeats …), or it is not about a session of this run at all (`plugin.added`, `catalog.updated` …): no event;
+//! - anything else about a session of this run: `opencode`, word for word.
+
+use super::wire::{MessageInfo, NamedError, Part, RawEvent, Tokens};
+use crate::model::event::{EventType, NewEvent, Severity};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+/// What an event means for the run as a whole.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Signal {
+    /// The agent works.
+    Busy,
+    /// The agent has nothing to do: the run may be over.
+    Idle,
+    /// The model failed and OpenCode waits before it tries again.
+    Retry { wait_ms: i64 },
+    /// OpenCode reports an error; whether it ends the run is seen at the next `Idle`.
+    Error(NamedError),
+    /// A permission is asked for, which nobody can give in this version.
+    PermissionAsked { request_id: String },
+    /// The agent asks a question, which nobody can answer in this version.
+    QuestionAsked { request_id: String },
+}
+
+/// What came of one event.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Step {
+    pub events: Vec<NewEvent>,
+    pub signal: Option<Signal>,
+    /// A shell command that now runs: its call and its command line.
+    pub shell_started: Option<(String, String)>,
+    /// The call of a tool that has ended.
+    pub tool_ended: Option<String>,
+}
+
+impl Step {
+    fn event(event: NewEvent) -> Self {
+        Self { events: vec![event], ..Self::default() }
+    }
+
+    fn signal(signal: Signal) -> Self {
+        Self { signal: Some(signal), ..Self::default() }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum PartKind {
+    Text,
+    Reasoning,
+}
+
+#[derive(Clone, Debug, Default)]
+struct ToolCall {
+    announced: bool,
+    ended: bool,
+}
+
+/// Translates the events of one execution.
+#[derive(Debug)]
+pub struct Translator {
+    root: String,
+    /// The prompt's sub-agents: OpenCode sessions whose parent is the root or another one of these.
+    children: HashSet<String>,
+    workdir: String,
+    roles: HashMap<String, String>,
+    parts: HashMap<String, PartKind>,
+    finished_parts: HashSet<String>,
+    tools: HashMap<String, ToolCall>,
+    spent: BTreeMap<String, (Tokens, f64)>,
+    files: Vec<String>,
+    current_tool: Option<String>,
+    progress: Option<u8>,
+    final_text: Option<String>,
+    pending_error: Option<NamedError>,
+}
+
+impl Translator {
+    /// For a run in OpenCode's session `root`, in the directory `workdir` (absolute; paths below it are shown
+    /// relative to it).
+    pub fn new(root: &str, workdir: &str) -> Self {
+        Self {
+            root: root.to_owned(),
+            children: HashSet::new(),
+            workdir: workdir.trim_end_matches('/').to_owned(),
+            roles: HashMap::new(),
+            parts: HashMap::new(),
+            finished_parts: HashSet::new(),
+            tools: HashMap::new(),
+            spent: BTreeMap::new(),
+            files: Vec::new(),
+            current_tool: None,
+            progress: None,
+            final_text: None,
+            pending_error: None,
+        }
+    }
+
+    /// The tool that runs now; the one that began last where several do.
+    pub fn current_tool(&self) -> Option<&str> {
+        self.current_tool.as_deref()
+    }
+
+    /// 0–100 from the to-do list; `None` before there is one.
+    pub fn progress(&self) -> Option<u8> {
+        self.progress
+    }
+
+    /// The agent's last finished text.
+    pub fn final_text(&self) -> Option<&str> {
+        self.final_text.as_deref()
+    }
+
+    /// Files that the agent's file tools changed, in the order of their first change.
+    pub fn files(&self) -> &[String] {
+        &self.files
+    }
+
+    /// Whether a tool is running.
+    pub fn tool_running(&self) -> bool {
+        self.tools.values().any(|tool| tool.announced && !tool.ended)
+    }
+
+    /// The tools that were announced and have no result yet.
+    pub fn open_tools(&self) -> Vec<String> {
+        let mut open: Vec<_> =
+            self.tools.iter().filter(|(_, t)| t.announced && !t.ended).map(|(id, _)| id.clone()).collect();
+        open.sort();
+        open
+    }
+
+    /// An error that OpenCode reported and after which it has not gone on.
+    pub fn pending_error(&self) -> Option<&NamedError> {
+        self.pending_error.as_ref()
+    }
+
+    /// Input tokens, output tokens and cost so far, over all messages of the run, sub-agents included.
+    pub fn spent(&self) -> (u64, u64, f64) {
+        let mut total = (0.0, 0.0, 0.0);
+        for (tokens, cost) in self.spent.values() {
+            total.0 += tokens.input + tokens.cache.read + tokens.cache.write;
+            total.1 += tokens.output + tokens.reasoning;
+            total.2 += cost;
+        }
+        (whole(total.0), whole(total.1), total.2)
+    }
+
+    /// Translates one event. `now_ms` is the time of its arrival in milliseconds since 1970.
+    pub fn translate(&mut self, event: &RawEvent, now_ms: i64) -> Step {
+        let properties = &event.properties;
+        if event.kind == "session.created" {
+            self.adopt_child(properties);
+        }
+        // Changes of files name no session; the process serves one run at a time, so they are this run's.
+        if event.kind == "file.watcher.updated" {
+            return self.file_changed(properties);
+        }
+        let Some(session) = event.session_id() else { return Step::default() };
+        let is_root = session == self.root;
+        if !is_root && !self.children.contains(session) {
+            return Step::default();
+        }
+        let subagent = (!is_root).then(|| session.to_owned());
+        let mut step = match event.kind.as_str() {
+            "message.updated" => self.message_updated(properties, is_root),
+            "message.part.updated" => self.part_updated(properties),
+            "message.part.delta" => self.part_delta(properties),
+            "session.status" if is_root => self.status(properties, now_ms),
+            "session.idle" if is_root => Step::signal(Signal::Idle),
+            "session.error" => self.error(properties, is_root),
+            "todo.updated" if is_root => self.todo(properties),
+            "permission.asked" => permission_asked(properties),
+            "question.asked" => question_asked(properties),
+            "session.compacted" => Step::event(NewEvent::log(
+                Severity::Info,
+                "context_compacted",
+                "The conversation was summed up to fit the model's context.",
+            )),
+            "permission.replied" | "question.replied" | "question.rejected" | "message.removed"
+            | "message.part.removed" | "session.created" | "session.updated" | "session.deleted" | "session.diff"
+            | "session.status" | "session.idle" | "file.edited" => Step::default(),
+            _ => Step::event(
+                NewEvent::new(EventType::Opencode, json!({ "type": event.kind, "properties": properties }))
+                    .severity(Severity::Debug),
+            ),
+        };
+        if let Some(subagent) = subagent {
+            for event in &mut step.events {
+                event.beside.insert("subagent".to_owned(), json!(subagent));
+            }
+        }
+        step
+    }
+
+    fn adopt_child(&mut self, properties: &Value) {
+        let info = &properties["info"];
+        let parent = info["parentID"].as_str();
+        if parent.is_some_and(|p| p == self.root || self.children.contains(p))
+            && let Some(id) = info["id"].as_str()
+        {
+            self.children.insert(id.to_owned());
+        }
+    }
+
+    fn message_updated(&mut self, properties: &Value, is_root: bool) -> Step {
+        let Ok(info) = MessageInfo::deserialize(&properties["info"]) else { return Step::default() };
+        let mut step = Step::default();
+        if info.role == "assistant" {
+            self.spent.insert(info.id.clone(), (info.tokens, info.cost));
+            // An error was not the end when a new answer of the model begins after it.
+            if is_root && info.time.completed.is_none() && info.error.is_none() && !self.roles.contains_key(&info.id) {
+                step.events.extend(self.flush_error());
+            }
+        }
+        self.roles.insert(info.id, info.role);
+        step
+    }
+
+    fn flush_error(&mut self) -> Option<NewEvent> {
+        let error = self.pending_error.take()?;
+        Some(NewEvent::error(&super::outcome::error_code(&error.name), &error.message(), false, None).severity(Severity::Warn))
+    }
+
+    fn part_updated(&mut self, properties: &Value) -> Step {
+        let Ok(part) = Part::deserialize(&properties["part"]) else { return Step::default() };
+        if self.roles.get(&part.message_id).is_some_and(|role| role == "user") {
+            return Step::default();
+        }
+        match part.kind.as_str() {
+            "text" => self.text_part(&part, PartKind::Text),
+            "reasoning" => self.text_part(&part, PartKind::Reasoning),
+            "tool" => self.tool_part(&part),
+            "step-finish" => Step::event(self.usage_so_far()),
+            _ => Step::default(),
+        }
+    }
+
+    fn usage_so_far(&self) -> NewEvent {
+        let (input, output, cost) = self.spent();
+        NewEvent::new(EventType::Usage, json!({ "input_tokens": input, "output_tokens": output, "cost": cost }))
+            .severity(Severity::Debug)
+    }
+
+    fn text_part(&mut self, part: &Part, kind: PartKind) -> Step {
+        self.parts.insert(part.id.clone(), kind);
+        if part.time.end.is_none() || !self.finished_parts.insert(part.id.clone()) {
+            return Step::default();
+        }
+        if kind == PartKind::Text && !part.text.is_empty() {
+            self.final_text = Some(part.text.clone());
+        }
+        let data = json!({ "part_id": part.id, "text": part.text, "final": true });
+        Step::event(NewEvent::new(kind.event_type(), data))
+    }
+
+    fn part_delta(&mut self, properties: &Value) -> Step {
+        let (Some(part), Some(delta)) = (properties["partID"].as_str(), properties["delta"].as_str()) else {
+            return Step::default();
+        };
+        let Some(kind) = self.parts.get(part).filter(|_| properties["field"] == "text") else {
+            return Step::default();
+        };
+        let data = json!({ "part_id": part, "delta": delta });
+        Step::event(NewEvent::new(kind.event_type(), data))
+    }
+
+    fn tool_part(&mut self, part: &Part) -> Step {
+        let mut step = Step::default();
+        let state = &part.state;
+        let ended = matches!(state.status.as_str(), "completed" | "error");
+        let call = self.tools.entry(part.id.clone()).or_default();
+        if (state.status == "running" || ended) && !call.announced {
+            call.announced = true;
+            let data = json!({ "call_id": part.id, "tool": part.tool, "args": state.input });
+            step.events.push(NewEvent::new(EventType::ToolCall, data));
+            self.current_tool = Some(part.tool.clone());
+            if let (false, "bash", Some(command)) = (ended, part.tool.as_str(), state.input["command"].as_str()) {
+                step.shell_started = Some((part.id.clone(), command.to_owned()));
+            }
+        }
+        if ended && !call.ended {
+            call.ended = true;
+            self.current_tool = None;
+            step.events.push(tool_result(part));
+            step.tool_ended = Some(part.id.clone());
+        }
+        step
+    }
+
+    fn status(&mut self, properties: &Value, now_ms: i64) -> Step {
+        let status = &properties["status"];
+        match status["type"].as_str() {
+            Some("busy") => Step::signal(Signal::Busy),
+            Some("retry") => {
+                let wait_ms = status["next"].as_i64().map_or(0, |next| (next - now_ms).max(0));
+                let attempt = status["attempt"].as_u64().unwrap_or(0);
+                let cause: String = status["message"].as_str().unwrap_or("").chars().take(500).collect();
+                let mut event = NewEvent::log(
+                    Severity::Warn,
+                    "model_retry",
+                    &format!("The model failed ({cause}); attempt {attempt} follows in {:.1} s.", wait_ms as f64 / 1000.0),
+                );
+                event.data["attempt"] = json!(attempt);
+                event.data["wait_ms"] = json!(wait_ms);
+                Step { events: vec![event], signal: Some(Signal::Retry { wait_ms }), ..Step::default() }
+            }
+            // `session.idle` follows at once and is the one that counts.
+            _ => Step::default(),
+        }
+    }
+
+    fn error(&mut self, properties: &Value, is_root: bool) -> Step {
+        let Ok(error) = NamedError::deserialize(&properties["error"]) else { return Step::default() };
+        if !is_root {
+            let code = super::outcome::error_code(&error.name);
+            let event = NewEvent::error(&code, &error.message(), false, None).severity(Severity::Warn);
+            return Step::event(event);
+        }
+        let events = self.flush_error().into_iter().collect();
+        self.pending_error = Some(error.clone());
+        Step { events, signal: Some(Signal::Error(error)), ..Step::default() }
+    }
+
+    fn todo(&mut self, properties: &Value) -> Step {
+        let items: Vec<Value> = properties["todos"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .map(|t| json!({ "content": t["content"], "status": t["status"], "priority": t["priority"] }))
+            .collect();
+        let counted: Vec<_> = items.iter().filter(|t| t["status"] != "cancelled").collect();
+        let done = counted.iter().filter(|t| t["status"] == "completed").count();
+        self.progress = match counted.len() {
+            0 => None,
+            all => u8::try_from(done * 100 / all).ok(),
+        };
+        Step::event(NewEvent::new(EventType::Todo, json!({ "items": items })))
+    }
+
+    fn file_changed(&mut self, properties: &Value) -> Step {
+        let (Some(file), Some(event)) = (properties["file"].as_str(), properties["event"].as_str()) else {
+            return Step::default();
+        };
+        let change = match event {
+            "add" => "added",
+            "unlink" => "deleted",
+            _ => "modified",
+        };
+        let path = match file.strip_prefix(&self.workdir).and_then(|rest| rest.strip_prefix('/')) {
+            Some(relative) => relative,
+            None => file,
+        };
+        if path == ".git" || path.starts_with(".git/") {
+            return Step::default();
+        }
+        if !self.files.iter().any(|f| f == path) {
+            self.files.push(path.to_owned());
+        }
+        Step::event(NewEvent::new(EventType::File, json!({ "path": path, "change": change })))
+    }
+}
+
+impl PartKind {
+    fn event_type(self) -> EventType {
+        match self {
+            Self::Text => EventType::Message,
+            Self::Reasoning => EventType::Reasoning,
+        }
+    }
+}
+
+fn tool_result(part: &Part) -> NewEvent {
+    let state = &part.state;
+    let duration = match (state.time.start, state.time.end) {
+        (Some(start), Some(end)) => Some(whole(end - start)),
+        _ => None,
+    };
+    let mut data = json!({ "call_id": part.id, "tool": part.tool, "result": state.output, "duration_ms": duration });
+    let mut severity = Severity::Info;
+    if let Some(error) = &state.error {
+        data["error"] = json!(error);
+        severity = Severity::Warn;
+    }
+    if let Some(exit) = state.metadata.get("exit").filter(|exit| exit.is_number()) {
+        data["exit_code"] = exit.clone();
+    }
+    NewEvent::new(EventType::ToolResult, data).severity(severity)
+}
+
+fn permission_asked(properties: &Value) -> Step {
+    let Some(id) = properties["id"].as_str() else { return Step::default() };
+    let data = json!({
+        "request_id": id,
+        "permission": properties["permission"],
+        "patterns": properties["patterns"],
+        "deadline": null,
+    });
+    Step {
+        events: vec![NewEvent::new(EventType::Permission, data).severity(Severity::Warn)],
+        signal: Some(Signal::PermissionAsked { request_id: id.to_owned() }),
+        ..Step::default()
+    }
+}
+
+fn question_asked(properties: &Value) -> Step {
+    let Some(id) = properties["id"].as_str() else { return Step::default() };
+    let data = json!({ "request_id": id, "questions": properties["questions"], "deadline": null });
+    Step {
+        events: vec![NewEvent::new(EventType::Question, data).severity(Severity::Warn)],
+        signal: Some(Signal::QuestionAsked { request_id: id.to_owned() }),
+        ..Step::default()
+    }
+}
+
+/// OpenCode's numbers are JavaScript's; what counts things is never negative.
+fn whole(number: f64) -> u64 {
+    if number.is_finite() && number > 0.0 { number as u64 } else { 0 }
+}

@@ -1,0 +1,119 @@
+//! Sessions: one OpenCode process each, from its start to the proof that nothing of it is left.
+//!
+//! - `session`: starting, priming and ending one.
+//! - `run`: one execution in it: what is awaited, the deadlines, how it ended.
+//! - `shell`: the output of its shell commands.
+//! - `pool`: sessions started ahead for tasks on the default model.
+//!
+//! A session knows nothing of queues, statuses or callers: that is `executions`.
+
+mod pool;
+mod run;
+mod session;
+mod shell;
+
+pub use run::{Ending, Observer, Progress, Run};
+pub use session::{Ended, Session, SessionError, Wanted};
+
+use crate::broker::Broker;
+use crate::opencode::launch::Ports;
+use crate::sandbox::Sandbox;
+use crate::tasks::Tasks;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What sessions are started with.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// OpenCode's executable.
+    pub command: PathBuf,
+    /// Our own executable: the jail and the shell tap.
+    pub executable: PathBuf,
+    /// Below it each session has its directory.
+    pub directory: PathBuf,
+    /// Why no session may start (a required protection is missing), for people.
+    pub refused: Option<String>,
+    /// From exec to listening.
+    pub start_timeout: Duration,
+    /// From the prompt to the first sign of work.
+    pub first_event_timeout: Duration,
+    /// Without any sign of life from agent, model or tools.
+    pub stall_timeout: Duration,
+    /// The broker's own clocks; OpenCode's come after them.
+    pub header_timeout: Duration,
+    pub idle_timeout: Duration,
+    /// Sessions started ahead.
+    pub warm: usize,
+}
+
+/// Starts and ends sessions. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Sessions {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    settings: Settings,
+    sandbox: Sandbox,
+    broker: Broker,
+    ports: Ports,
+    tasks: Tasks,
+    pool: pool::Pool,
+}
+
+impl Sessions {
+    /// Removes what an earlier life left of its sessions, and begins to fill the warm pool (with `warm_for`, where
+    /// there is a default model).
+    pub fn start(
+        settings: Settings,
+        sandbox: Sandbox,
+        broker: Broker,
+        ports: Ports,
+        tasks: Tasks,
+        warm_for: Option<Wanted>,
+    ) -> Self {
+        if let Err(error) = std::fs::remove_dir_all(&settings.directory)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, "directories of earlier sessions could not be removed");
+        }
+        let pool = pool::Pool::new(settings.warm);
+        let sessions = Self { shared: Arc::new(Shared { settings, sandbox, broker, ports, tasks, pool }) };
+        if let Some(wanted) = warm_for
+            && sessions.shared.settings.warm > 0
+            && sessions.shared.settings.refused.is_none()
+        {
+            let filler = sessions.clone();
+            sessions.shared.tasks.spawn("warm pool", async move { pool::fill(filler, wanted).await });
+        }
+        sessions
+    }
+
+    /// A session for a task: a warm one that fits, or a new one.
+    ///
+    /// # Errors
+    /// [`SessionError`]; nothing is left of what was begun.
+    pub async fn acquire(&self, wanted: Wanted) -> Result<Session, SessionError> {
+        if let Some(refused) = &self.shared.settings.refused {
+            return Err(SessionError::Refused(refused.clone()));
+        }
+        if let Some(session) = self.shared.pool.claim(&wanted) {
+            return Ok(session);
+        }
+        Session::start(&self.shared, wanted, None).await
+    }
+
+    /// How many warm sessions wait.
+    pub fn warm(&self) -> usize {
+        self.shared.pool.ready()
+    }
+
+    /// Ends the warm sessions. New ones are not started after the tasks' shutdown.
+    pub async fn stop(&self) {
+        for session in self.shared.pool.close() {
+            session.end().await;
+        }
+    }
+}

@@ -1,0 +1,458 @@
+//! One execution in a session: the prompt, what comes back, the deadlines, and how it ended.
+//!
+//! One task waits for everything: OpenCode's events, its end, the broker's facts, the shells' output, the clock, and
+//! the wish to end it. It never waits for one of them alone for long, and its end never depends on OpenCode
+//! agreeing to it: what happens to the process after that is the caller's ([`super::Session::end`]).
+
+use super::session::Session;
+use super::shell::Shells;
+use crate::broker::{Exhausted, Facts, ShellCall};
+use crate::events::Writer;
+use crate::model::event::{EventType, NewEvent, Severity};
+use crate::model::{Reason, Task, Usage};
+use crate::opencode::client::{ClientError, EventStream, Prompt};
+use crate::opencode::outcome::{Evidence, Failure, ModelEvidence, Verdict, decide, decide_at_last};
+use crate::opencode::translate::{Signal, Step, Translator};
+use crate::opencode::wire::{MessageInfo, RawEvent};
+use chrono::Utc;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use serde_json::json;
+use std::time::Duration;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// How often the deadlines are looked at.
+const TICK: Duration = Duration::from_secs(1);
+/// OpenCode sends a heartbeat every 10 s: a stream that is silent for longer than this is dead.
+const SILENCE: Duration = Duration::from_secs(45);
+/// How long an idle OpenCode may take to complete its last message.
+const SETTLE: Duration = Duration::from_secs(5);
+/// How many shell commands of one run may send output at the same time.
+const MAX_SHELLS: usize = 64;
+
+/// How far a run is; written to its record from time to time.
+#[derive(Clone, Debug, Default)]
+pub struct Progress {
+    pub progress: Option<u8>,
+    pub current_tool: Option<String>,
+    pub files_modified: Vec<String>,
+    pub usage: Usage,
+}
+
+/// Is told how far a run is.
+pub trait Observer: Send + Sync {
+    /// Called at each change.
+    fn progress(&self, progress: Progress);
+}
+
+/// How a run ended.
+#[derive(Clone, Debug)]
+pub struct Ending {
+    pub reason: Reason,
+    /// What to tell the user, where it failed.
+    pub failure: Option<Failure>,
+    pub final_message: Option<String>,
+    /// How far it was in the end.
+    pub progress: Progress,
+    /// Calls of tools that have no result.
+    pub open_tools: Vec<String>,
+}
+
+/// What a run works with.
+#[derive(Clone, Copy)]
+pub struct Run<'a> {
+    pub task: &'a Task,
+    pub title: &'a str,
+    pub writer: &'a Writer,
+    pub observer: &'a dyn Observer,
+    /// Told when somebody wants the end; the run stops at once and the reason is theirs.
+    pub stop: &'a CancellationToken,
+    /// When the whole run's time is over.
+    pub deadline: Instant,
+}
+
+impl std::fmt::Debug for Run<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Run").field("title", &self.title).finish_non_exhaustive()
+    }
+}
+
+impl Run<'_> {
+    /// Runs the task in the session, to its end. The process is left as it is.
+    pub async fn run(&self, session: &mut Session) -> Ending {
+        let prepared = tokio::select! {
+            prepared = self.prepare(session) => prepared,
+            exit = session.server.process.exited() => Err(crashed(session, &exit.to_string())),
+            () = self.stop.cancelled() => return stopped(),
+            () = tokio::time::sleep_until(self.deadline) => Err(timed_out(self.task)),
+        };
+        let (stream, conversation) = match prepared {
+            Ok(prepared) => prepared,
+            Err(failure) => return ending(Err(failure), &Translator::new("", ""), Usage::default()),
+        };
+        let mut state = State::new(self, session, stream, conversation);
+        let result = state.until_end().await;
+        let usage = state.usage();
+        if result.is_none() {
+            return Ending { reason: Reason::Cancelled, ..ending(Ok(()), &state.translator, usage) };
+        }
+        ending(result.unwrap_or(Ok(())), &state.translator, usage)
+    }
+
+    async fn prepare(&self, session: &Session) -> Result<(EventStream, String), Failure> {
+        let unresponsive = |error: ClientError| {
+            tracing::warn!(error = &error as &dyn std::error::Error, "OpenCode does not take the task");
+            Failure::new(Reason::OpencodeUnresponsive, "opencode_unresponsive", format!("OpenCode does not take the task: {error}."))
+        };
+        let stream = session.client.events().await.map_err(unresponsive)?;
+        let conversation = session.client.create_session(self.title).await.map_err(unresponsive)?;
+        let text = self.task.prompt_text();
+        let prompt = Prompt {
+            text: &text,
+            agent: self.task.agent.as_deref(),
+            system: self.task.system_prompt.as_deref(),
+        };
+        session.client.prompt(&conversation, &prompt).await.map_err(unresponsive)?;
+        Ok((stream, conversation))
+    }
+}
+
+fn stopped() -> Ending {
+    Ending {
+        reason: Reason::Cancelled,
+        failure: None,
+        final_message: None,
+        progress: Progress::default(),
+        open_tools: Vec::new(),
+    }
+}
+
+fn ending(result: Result<(), Failure>, translator: &Translator, usage: Usage) -> Ending {
+    let failure = result.err();
+    Ending {
+        reason: failure.as_ref().map_or(Reason::Finished, |failure| failure.reason),
+        failure,
+        final_message: translator.final_text().map(str::to_owned),
+        progress: progress_of(translator, usage),
+        open_tools: translator.open_tools(),
+    }
+}
+
+fn progress_of(translator: &Translator, usage: Usage) -> Progress {
+    Progress {
+        progress: translator.progress(),
+        current_tool: translator.current_tool().map(str::to_owned),
+        files_modified: translator.files().to_vec(),
+        usage,
+    }
+}
+
+fn crashed(session: &Session, how: &str) -> Failure {
+    tracing::warn!(how, lines = session.server.last_lines(), "OpenCode ended by itself");
+    Failure::new(Reason::OpencodeCrashed, "opencode_crashed", format!("The OpenCode process ended by itself ({how})."))
+}
+
+fn timed_out(task: &Task) -> Failure {
+    let message = format!("The task was not done within its {} s.", task.timeout_seconds);
+    Failure::new(Reason::Timeout, "timeout", message)
+}
+
+/// A run under way.
+struct State<'a> {
+    run: &'a Run<'a>,
+    session: &'a mut Session,
+    stream: EventStream,
+    conversation: String,
+    translator: Translator,
+    shells: Shells,
+    /// The agent was seen at work at least once.
+    worked: bool,
+    prompted: Instant,
+    last_event: Instant,
+    last_sign: Instant,
+    /// Since when OpenCode is idle.
+    idle_since: Option<Instant>,
+    permission_refused: bool,
+}
+
+impl<'a> State<'a> {
+    fn new(run: &'a Run<'a>, session: &'a mut Session, stream: EventStream, conversation: String) -> Self {
+        let now = Instant::now();
+        let workdir = session.wanted.workdir.to_string_lossy().into_owned();
+        Self {
+            run,
+            translator: Translator::new(&conversation, &workdir),
+            session,
+            stream,
+            conversation,
+            shells: Shells::new(),
+            worked: false,
+            prompted: now,
+            last_event: now,
+            last_sign: now,
+            idle_since: None,
+            permission_refused: false,
+        }
+    }
+
+    /// `None` where somebody wanted the end.
+    async fn until_end(&mut self) -> Option<Result<(), Failure>> {
+        let mut facts = self.session.lease.facts();
+        let mut calls = self.session.lease.take_shell_calls();
+        let mut output = self.shells.output();
+        let process = self.session.server.process.handle();
+        let mut under_way = FuturesUnordered::new();
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let result = loop {
+            // The order is the order of precedence: a wish to end goes first, and what the shells wrote is taken in
+            // before OpenCode's word that they have ended.
+            let step = tokio::select! {
+                biased;
+                () = self.run.stop.cancelled() => break None,
+                () = tokio::time::sleep_until(self.run.deadline) => break Some(Err(timed_out(self.run.task))),
+                exit = process.exited() => break Some(Err(crashed(self.session, &exit.to_string()))),
+                Ok(()) = facts.changed() => {
+                    let facts = facts.borrow_and_update().clone();
+                    self.exhausted(&facts).map(Err)
+                }
+                Some(call) = calls.recv(), if under_way.len() < MAX_SHELLS => {
+                    let call: ShellCall = call;
+                    under_way.push(self.shells.clone().take_in(call, self.run.writer.clone()));
+                    None
+                }
+                Some(()) = under_way.next() => None,
+                Ok(()) = output.changed() => self.too_much_output(output.borrow_and_update().bytes).map(Err),
+                event = self.stream.next() => match event {
+                    Ok(Some(event)) => self.event(&event).await,
+                    Ok(None) => Some(Err(self.lost_stream("it ended").await)),
+                    Err(error) => Some(Err(self.lost_stream(&error.to_string()).await)),
+                },
+                _ = tick.tick() => self.look_at_the_clock(&facts.borrow().clone(), output.borrow().last).await,
+            };
+            if let Some(result) = step {
+                break Some(result);
+            }
+        };
+        self.session.lease.return_shell_calls(calls);
+        result
+    }
+
+    /// The stream may break just because the process ended; that is the better thing to say then.
+    async fn lost_stream(&self, how: &str) -> Failure {
+        let process = &self.session.server.process;
+        match tokio::time::timeout(Duration::from_secs(1), process.exited()).await {
+            Ok(exit) => crashed(self.session, &exit.to_string()),
+            Err(_) => Failure::new(
+                Reason::OpencodeUnresponsive,
+                "opencode_stream_lost",
+                format!("OpenCode's event stream was lost although its process still runs ({how})."),
+            ),
+        }
+    }
+
+    async fn event(&mut self, event: &RawEvent) -> Option<Result<(), Failure>> {
+        self.last_event = Instant::now();
+        if event.kind == "server.heartbeat" {
+            return None;
+        }
+        let Step { events, signal, shell_started, tool_ended } =
+            self.translator.translate(event, Utc::now().timestamp_millis());
+        let told = events.iter().any(|e| {
+            matches!(e.kind, EventType::ToolCall | EventType::ToolResult | EventType::Todo | EventType::File | EventType::Usage)
+        });
+        if event.session_id().is_some() {
+            self.last_sign = Instant::now();
+        }
+        for mut event in events {
+            if event.kind == EventType::Usage {
+                event.data = json!(self.usage());
+            }
+            self.run.writer.append(event).await;
+        }
+        if let Some((call_id, command)) = shell_started {
+            self.shells.announced(call_id, command);
+        }
+        if let Some(call_id) = tool_ended {
+            self.shells.ended(&call_id);
+        }
+        if told {
+            let progress = progress_of(&self.translator, self.usage());
+            self.run.observer.progress(progress);
+        }
+        match signal {
+            None => self.still_idle().await,
+            Some(signal) => self.signal(signal).await,
+        }
+    }
+
+    async fn signal(&mut self, signal: Signal) -> Option<Result<(), Failure>> {
+        match signal {
+            Signal::Busy => {
+                self.worked = true;
+                self.idle_since = None;
+            }
+            Signal::Idle => {
+                self.idle_since.get_or_insert_with(Instant::now);
+                return self.still_idle().await;
+            }
+            Signal::Retry { wait_ms } => {
+                self.worked = true;
+                let wait = Duration::from_millis(u64::try_from(wait_ms).unwrap_or(0));
+                if wait >= self.session.shared.settings.stall_timeout {
+                    let evidence = model_evidence(&self.session.lease.facts().borrow());
+                    return Some(Err(evidence.last_error.unwrap_or_else(|| {
+                        Failure::new(
+                            Reason::ModelError,
+                            "model_unavailable",
+                            format!("The model's provider asks to wait for {} s.", wait.as_secs()),
+                        )
+                    })));
+                }
+            }
+            // Seen again by the decision at the next idle. One that comes before any work may have none.
+            Signal::Error(_) => {}
+            Signal::PermissionAsked { request_id } => {
+                self.permission_refused = true;
+                if let Err(error) = self.session.client.refuse_permission(&request_id).await {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "a permission could not be refused");
+                }
+                self.answered(EventType::Permission, json!({ "request_id": request_id, "reply": "reject", "by": "sidecar" })).await;
+            }
+            Signal::QuestionAsked { request_id } => {
+                if let Err(error) = self.session.client.reject_question(&request_id).await {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "a question could not be rejected");
+                }
+                self.answered(EventType::Question, json!({ "request_id": request_id, "answers": null })).await;
+            }
+        }
+        None
+    }
+
+    async fn answered(&self, kind: EventType, data: serde_json::Value) {
+        self.run.writer.append(NewEvent::new(kind, data).severity(Severity::Warn)).await;
+    }
+
+    /// Decides, where OpenCode is idle and its last message tells how it ended.
+    async fn still_idle(&mut self) -> Option<Result<(), Failure>> {
+        let since = self.idle_since?;
+        let last = match self.last_assistant().await {
+            Ok(last) => last,
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "OpenCode's messages cannot be read");
+                None
+            }
+        };
+        let facts = self.session.lease.facts().borrow().clone();
+        let evidence = Evidence {
+            last_assistant: last.as_ref(),
+            error: self.translator.pending_error(),
+            model: model_evidence(&facts),
+            permission_refused: self.permission_refused,
+        };
+        match decide(&evidence) {
+            Verdict::Finished => Some(Ok(())),
+            Verdict::Failed(failure) => Some(Err(failure)),
+            Verdict::Undecided if since.elapsed() >= SETTLE => Some(Err(decide_at_last(&evidence))),
+            Verdict::Undecided => None,
+        }
+    }
+
+    async fn last_assistant(&self) -> Result<Option<MessageInfo>, ClientError> {
+        let mut messages = self.session.client.messages(&self.conversation).await?;
+        Ok(messages.pop().map(|message| message.info).filter(|info| info.role == "assistant"))
+    }
+
+    fn exhausted(&self, facts: &Facts) -> Option<Failure> {
+        model_evidence(facts).exhausted
+    }
+
+    fn too_much_output(&self, bytes: u64) -> Option<Failure> {
+        let limit = self.run.task.limits.output_bytes;
+        (bytes > limit).then(|| {
+            Failure::new(
+                Reason::BudgetExceeded,
+                "output_bytes",
+                format!("The task's shell commands wrote more than its {limit} bytes of output."),
+            )
+        })
+    }
+
+    async fn look_at_the_clock(&mut self, facts: &Facts, last_output: Instant) -> Option<Result<(), Failure>> {
+        if self.idle_since.is_some() {
+            return self.still_idle().await;
+        }
+        let settings = &self.session.shared.settings;
+        if self.last_event.elapsed() > SILENCE {
+            return Some(Err(Failure::new(
+                Reason::OpencodeUnresponsive,
+                "opencode_unresponsive",
+                format!("OpenCode sent no sign of life for {} s.", SILENCE.as_secs()),
+            )));
+        }
+        if !self.worked && self.prompted.elapsed() > settings.first_event_timeout {
+            // Where it reported an error and never began, that is what happened.
+            let failure = match self.translator.pending_error() {
+                Some(error) => decide_error(error, facts),
+                None => Failure::new(
+                    Reason::OpencodeUnresponsive,
+                    "opencode_no_first_event",
+                    "OpenCode took the prompt, but did not begin to work.",
+                ),
+            };
+            return Some(Err(failure));
+        }
+        let last_sign = self.last_sign.max(last_output).max(Instant::from_std(facts.last_activity));
+        // A tool may take its time, and has OpenCode's own deadline; the broker has clocks for the model.
+        let waiting_for_something = self.translator.tool_running() || facts.in_flight > 0;
+        if !waiting_for_something && last_sign.elapsed() > settings.stall_timeout {
+            return Some(Err(Failure::new(
+                Reason::Stalled,
+                "stalled",
+                format!("Nothing happened for {} s: no tool ran and no call of the model.", settings.stall_timeout.as_secs()),
+            )));
+        }
+        None
+    }
+
+    fn usage(&self) -> Usage {
+        let (input_tokens, output_tokens, cost) = self.translator.spent();
+        let facts = self.session.lease.facts();
+        let model_calls = facts.borrow().calls;
+        Usage { input_tokens, output_tokens, model_calls, cost, ..Usage::default() }
+    }
+}
+
+fn decide_error(error: &crate::opencode::wire::NamedError, facts: &Facts) -> Failure {
+    let evidence = Evidence { error: Some(error), model: model_evidence(facts), ..Evidence::default() };
+    match decide(&evidence) {
+        Verdict::Failed(failure) => failure,
+        Verdict::Finished | Verdict::Undecided => decide_at_last(&evidence),
+    }
+}
+
+/// The broker's facts as evidence. An error counts only while no later call went well.
+fn model_evidence(facts: &Facts) -> ModelEvidence {
+    let last_error = facts.last_error.as_ref().filter(|_| facts.failures_in_a_row > 0).map(|error| Failure {
+        reason: Reason::ModelError,
+        code: error.code.to_owned(),
+        message: error.message.clone(),
+        retry_after: error.retry_after,
+    });
+    let exhausted = facts.exhausted.as_ref().map(|exhausted| match exhausted {
+        Exhausted::ModelCalls => Failure::new(
+            Reason::BudgetExceeded,
+            "model_calls",
+            "The task has used up its calls of the model (limits.model_calls).",
+        ),
+        Exhausted::TotalTokens => Failure::new(
+            Reason::BudgetExceeded,
+            "total_tokens",
+            "The task has used up its tokens (limits.total_tokens).",
+        ),
+        Exhausted::Failures => last_error.clone().unwrap_or_else(|| {
+            Failure::new(Reason::ModelError, "model_error", "The model failed too often in a row.")
+        }),
+    });
+    ModelEvidence { last_error, exhausted }
+}

@@ -1,0 +1,239 @@
+//! One OpenCode process: started, primed, ended.
+
+use super::Shared;
+use crate::broker::{Budget, Grant, Lease, Upstream};
+use crate::model::SessionId;
+use crate::model::task::Limits;
+use crate::opencode::client::{Client, ClientError, Prompt};
+use crate::opencode::launch::{Launch, LaunchError, Server, launch};
+use crate::opencode::profile::{Directories, Endpoints, Profile, config, environment};
+use crate::secrets::random_token;
+use futures_util::FutureExt;
+use secrecy::{ExposeSecret, SecretString};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+
+/// How long OpenCode gets for each polite step of its end.
+const DISPOSE: Duration = Duration::from_secs(1);
+const TERM: Duration = Duration::from_millis(500);
+/// How long the kill may take until it is given up, with an error.
+const KILL: Duration = Duration::from_secs(10);
+/// How long a warm session may take for its first, unpaid answer.
+const PRIME: Duration = Duration::from_secs(60);
+
+/// What a session is to be like.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    pub id: SessionId,
+    pub profile: Profile,
+    /// The provider's key; it goes to the broker and nowhere else.
+    pub api_key: SecretString,
+    /// Canonical.
+    pub workdir: PathBuf,
+    pub limits: Limits,
+    /// At most so long from exec to listening; the configured `START_TIMEOUT` where that is less.
+    pub start_within: Duration,
+    /// Calls the start off.
+    pub stop: CancellationToken,
+}
+
+impl Wanted {
+    fn budget(&self) -> Budget {
+        Budget { model_calls: self.limits.model_calls, total_tokens: self.limits.total_tokens }
+    }
+
+    /// Whether a session that was started for `other` does for this.
+    pub(super) fn is_served_by(&self, other: &Self) -> bool {
+        self.profile == other.profile
+            && self.workdir == other.workdir
+            && self.api_key.expose_secret() == other.api_key.expose_secret()
+    }
+}
+
+/// Why there is no session.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    #[error("{0}")]
+    Refused(String),
+    #[error("the model's endpoint is no URL")]
+    Endpoint(#[source] url::ParseError),
+    #[error("no random bytes")]
+    Random(#[source] std::io::Error),
+    #[error("OpenCode did not start")]
+    Launch(#[from] LaunchError),
+    #[error("no client for OpenCode")]
+    Client(#[source] reqwest::Error),
+    #[error("OpenCode started, but does not answer")]
+    Prime(#[source] ClientError),
+    #[error("OpenCode started, but gave no first answer within {} s", PRIME.as_secs())]
+    PrimeTimeout,
+}
+
+/// How a session ended.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ended {
+    /// Of all its processes.
+    pub cpu_seconds: Option<f64>,
+    /// Whether it is proven that none of them is left.
+    pub nothing_left: bool,
+}
+
+/// A running OpenCode.
+#[derive(Debug)]
+pub struct Session {
+    pub(super) shared: Arc<Shared>,
+    pub(super) wanted: Wanted,
+    pub(super) server: Server,
+    pub(super) client: Client,
+    pub(super) lease: Lease,
+    directories: Directories,
+    warm: bool,
+}
+
+impl Session {
+    /// Starts one; primed, it has loaded its providers and plugins already.
+    pub(super) async fn start(
+        shared: &Arc<Shared>,
+        wanted: Wanted,
+        prime: Option<()>,
+    ) -> Result<Self, SessionError> {
+        let settings = &shared.settings;
+        let model = &wanted.profile.model;
+        let endpoint = url::Url::parse(&model.endpoint).map_err(SessionError::Endpoint)?;
+        let lease = shared.broker.open(Grant {
+            upstream: Upstream {
+                provider: model.provider,
+                endpoint,
+                api_key: wanted.api_key.clone(),
+                model: model.model.clone(),
+            },
+            limits: wanted.budget(),
+        });
+        let directories = Directories::new(settings.directory.join(wanted.id.to_string()));
+        directories.create(&settings.executable).map_err(LaunchError::Directories)?;
+        let password = random_token().map_err(SessionError::Random)?;
+        let shell = directories.shell();
+        let configuration = config(
+            &wanted.profile,
+            &Endpoints {
+                model_url: &lease.base_url(),
+                token: lease.token().expose_secret(),
+                shell: &shell,
+                header_timeout: settings.header_timeout,
+                idle_timeout: settings.idle_timeout,
+            },
+        );
+        let env = environment(
+            &directories,
+            &configuration,
+            password.expose_secret(),
+            &lease.shell_url(),
+            lease.token().expose_secret(),
+            |name| std::env::var_os(name),
+        );
+        let to_launch = Launch {
+            command: settings.command.clone(),
+            directories: directories.clone(),
+            workdir: wanted.workdir.clone(),
+            env,
+            deadline: settings.start_timeout.min(wanted.start_within),
+            stop: wanted.stop.clone(),
+        };
+        let server = match launch(&shared.sandbox, &shared.tasks, &shared.ports, &to_launch).await {
+            Ok(server) => server,
+            Err(error) => {
+                remove(&directories);
+                return Err(error.into());
+            }
+        };
+        let client = Client::new(server.port.number(), password, &wanted.workdir.to_string_lossy());
+        let client = client.map_err(SessionError::Client)?;
+        let session = Self { shared: Arc::clone(shared), wanted, server, client, lease, directories, warm: prime.is_some() };
+        if prime.is_some()
+            && let Err(error) = session.prime().await
+        {
+            session.end().await;
+            return Err(error);
+        }
+        Ok(session)
+    }
+
+    /// Its id.
+    pub fn id(&self) -> SessionId {
+        self.wanted.id
+    }
+
+    /// Whether it was started ahead.
+    pub fn is_warm(&self) -> bool {
+        self.warm
+    }
+
+    /// OpenCode's process id, for tests and operators.
+    pub fn pid(&self) -> u32 {
+        self.server.process.pid()
+    }
+
+    /// Takes it over for a task: the task's id and limits from now on.
+    pub(super) fn claim(&mut self, wanted: &Wanted) {
+        self.wanted.id = wanted.id;
+        self.wanted.limits = wanted.limits;
+        self.lease.reset(self.wanted.budget());
+    }
+
+    /// Whether its process still runs.
+    pub(super) fn is_alive(&self) -> bool {
+        self.server.process.exited().now_or_never().is_none()
+    }
+
+    /// One answer in a conversation that is thrown away, given by the broker and not by the model: it makes OpenCode
+    /// load everything that it loads on first use.
+    async fn prime(&self) -> Result<(), SessionError> {
+        self.lease.priming(true);
+        let work = async {
+            let mut events = self.client.events().await?;
+            let conversation = self.client.create_session("warm-up").await?;
+            self.client.prompt(&conversation, &Prompt { text: "ok", ..Prompt::default() }).await?;
+            while let Some(event) = events.next().await? {
+                if event.kind == "session.idle" && event.session_id() == Some(&conversation) {
+                    break;
+                }
+            }
+            self.client.delete_session(&conversation).await
+        };
+        let result = tokio::time::timeout(PRIME, work).await;
+        self.lease.priming(false);
+        result.map_err(|_| SessionError::PrimeTimeout)?.map_err(SessionError::Prime)
+    }
+
+    /// Ends it in the order that works (OPENCODE.md "Stop"), until it is proven that nothing is left, and removes
+    /// its directories.
+    pub async fn end(self) -> Ended {
+        let process = &self.server.process;
+        if self.is_alive() {
+            // Politely first: it ends its shells and flushes what it has. A process that hangs gets no more time.
+            let disposed = tokio::time::timeout(DISPOSE, self.client.dispose()).await;
+            if !matches!(disposed, Ok(Ok(()))) {
+                tracing::debug!("OpenCode did not dispose of its instance");
+            }
+            process.signal(crate::sandbox::Signal::Term);
+            let _ = tokio::time::timeout(TERM, process.exited()).await;
+        }
+        let ended = match process.kill(KILL).await {
+            Ok(gone) => Ended { cpu_seconds: gone.cpu_seconds, nothing_left: true },
+            Err(left) => {
+                tracing::error!(?left, session = %self.wanted.id, "processes of a session could not be ended");
+                Ended::default()
+            }
+        };
+        remove(&self.directories);
+        ended
+    }
+}
+
+fn remove(directories: &Directories) {
+    if let Err(error) = std::fs::remove_dir_all(directories.root()) {
+        tracing::warn!(%error, directory = %directories.root().display(), "a session's directory could not be removed");
+    }
+}
