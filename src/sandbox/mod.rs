@@ -5,15 +5,20 @@
 //! - `process`: a program that was started, and the proof that nothing of it is left.
 //! - `orphans`: what a jail leaves behind when it is killed itself.
 //! - `tree`: the process tree as `/proc` shows it.
+//! - `tap`: the shell that OpenCode is given, which runs the real one and sends a copy of its output to the sidecar
+//!   through an `uplink`, in `frames`.
 //!
 //! Killing means that nothing is left, and that there is a proof: the jail, a subreaper, has no child any more. A
 //! process group or a pid alone is never taken for it. Nothing here knows OpenCode, Postgres or an execution.
 
+pub mod frames;
 pub mod jail;
 mod orphans;
 mod process;
 mod protocol;
+pub mod tap;
 mod tree;
+mod uplink;
 
 pub use process::{Process, ProcessHandle};
 pub use tree::Stat;
