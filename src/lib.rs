@@ -1,2 +1,4 @@
+pub mod cli;
 pub mod model;
+pub mod sandbox;
 pub mod tasks;

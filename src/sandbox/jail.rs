@@ -1,0 +1,310 @@
+//! The jail: this same binary, started again as a small single-threaded process that confines and starts one
+//! program, and stays as the subreaper of everything below it.
+//!
+//! Its standard input is a socket to the sidecar (see `protocol`). No runtime, no thread, no log, nothing secret in
+//! its memory or environment. It ends when nothing is left below it, and never before: when the program ends, when
+//! it is told to kill, and when the sidecar is gone, it kills what is left until the kernel says that it has no
+//! child. As a subreaper it inherits every orphan below it, so no child means no descendant: that is the proof.
+
+use super::protocol::{self, Command, Policy, Report};
+use super::{Exit, Signal, tree};
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl;
+use nix::sys::resource::{Resource, UsageWho, getrusage, setrlimit};
+use nix::sys::signal::{self, SigSet, kill};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::time::TimeValLike;
+use nix::unistd::{self, Pid};
+use std::collections::BTreeSet;
+use std::fmt::Display;
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{ExitCode, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// The hidden subcommand under which the sidecar starts its jails.
+pub const SUBCOMMAND: &str = "jail";
+
+const OOM_SCORE_ADJ: &str = "/proc/self/oom_score_adj";
+
+/// Runs the jail to its end. Call it first in `main`, before any thread exists.
+pub fn run() -> ExitCode {
+    let mut control = Control { unread: Vec::new(), open: true };
+    let policy = match control.policy() {
+        Ok(policy) => policy,
+        Err(error) => {
+            control.report(&Report::Failed { step: "policy".into(), error: error.to_string() });
+            return ExitCode::FAILURE;
+        }
+    };
+    match start(&policy) {
+        Ok((main, children)) => {
+            control.report(&Report::Started { pid: main.as_raw().unsigned_abs() });
+            let mut jail = Jail { main, exit: None, control, children };
+            jail.supervise(&policy);
+            jail.end_everything();
+            ExitCode::SUCCESS
+        }
+        Err(failed) => {
+            control.report(&Report::Failed { step: failed.step.into(), error: failed.error });
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A step that could not be done. Nothing is started then.
+struct Failed {
+    step: &'static str,
+    error: String,
+}
+
+fn step<T, E: Display>(step: &'static str, result: Result<T, E>) -> Result<T, Failed> {
+    result.map_err(|error| Failed { step, error: error.to_string() })
+}
+
+/// Every step from a bare process to a running program, in order. Each is required: one that fails ends the start
+/// under its name.
+fn start(policy: &Policy) -> Result<(Pid, SignalFd), Failed> {
+    // A session of its own: no terminal's Ctrl-C or hang-up reaches it, and what it leaves behind can be told from
+    // the sidecar's own children (see `orphans`).
+    step("session", unistd::setsid())?;
+    step("subreaper", prctl::set_child_subreaper(true))?;
+    step("rlimit_core", setrlimit(Resource::RLIMIT_CORE, 0, 0))?;
+    // A child inherits mask and score, so both are set around its start: no code of ours has to run in it.
+    step("signal_mask", SigSet::all().thread_unblock())?;
+    let own_score = match policy.oom_score_adj {
+        Some(score) => {
+            let own = step("oom_score_adj", fs::read(OOM_SCORE_ADJ))?;
+            step("oom_score_adj", fs::write(OOM_SCORE_ADJ, score.to_string()))?;
+            Some(own)
+        }
+        None => None,
+    };
+    let cwd = policy.cwd();
+    if !cwd.is_dir() {
+        return Err(Failed { step: "cwd", error: format!("{} is not a directory", cwd.display()) });
+    }
+    let mut child_ended = SigSet::empty();
+    child_ended.add(signal::SIGCHLD);
+    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+    let children = step("signalfd", SignalFd::with_flags(&child_ended, flags))?;
+    let main = execute(policy)?;
+
+    // From here on something runs, so nothing may end the jail. What follows is either certain or can be spared.
+    if let Some(score) = own_score {
+        let _ = fs::write(OOM_SCORE_ADJ, score);
+    }
+    // The sidecar sees the end of the program's output as soon as the program's own ends are closed.
+    if let Ok(null) = fs::OpenOptions::new().write(true).open("/dev/null") {
+        let _ = unistd::dup2_stdout(&null);
+        let _ = unistd::dup2_stderr(&null);
+    }
+    // Out of reach of a debugger of the same user.
+    let _ = prctl::set_dumpable(false);
+    // Only now, since the program would inherit it. A child that ended before is found by the first look. Whoever
+    // wants the jail to end has to ask the sidecar.
+    let mut mask = child_ended;
+    for blocked in [signal::SIGTERM, signal::SIGINT, signal::SIGHUP, signal::SIGQUIT] {
+        mask.add(blocked);
+    }
+    let _ = mask.thread_block();
+    Ok((main, children))
+}
+
+#[expect(clippy::disallowed_methods, reason = "the one place that starts processes")]
+fn execute(policy: &Policy) -> Result<Pid, Failed> {
+    let program = policy.program();
+    let mut command = std::process::Command::new(&program);
+    command.args(policy.args()).env_clear().envs(policy.env()).current_dir(policy.cwd());
+    command.stdin(Stdio::null()).stdout(Stdio::inherit()).stderr(Stdio::inherit()).process_group(0);
+    if let Some((uid, gid)) = policy.uid_gid {
+        // The standard library drops the supplementary groups with it.
+        command.uid(uid).gid(gid);
+    }
+    let child = command
+        .spawn()
+        .map_err(|error| Failed { step: "exec", error: format!("cannot execute {}: {error}", program.display()) })?;
+    i32::try_from(child.id())
+        .map(Pid::from_raw)
+        .map_err(|_| Failed { step: "exec", error: "the kernel gave an id beyond its own range".into() })
+}
+
+fn below_this_process() -> impl Fn(&tree::Stat) -> bool {
+    let own = unistd::getpid().as_raw();
+    move |stat| stat.parent == own
+}
+
+/// Reaps one child that has ended. `None`: there is no child at all. `Some(None)`: none has ended yet.
+#[expect(unsafe_code, reason = "nix's waitpid loses a child that a real-time signal killed")]
+fn reap() -> Option<Option<(i32, ExitStatus)>> {
+    let mut status = 0;
+    // SAFETY: `status` is a valid place for one int for the time of the call, which keeps no reference to it.
+    let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG | libc::__WALL) };
+    match pid {
+        // The only possible error is ECHILD: there is no handler that could interrupt it, and the flags are valid.
+        -1 => None,
+        0 => Some(None),
+        pid => Some(Some((pid, ExitStatus::from_raw(status)))),
+    }
+}
+
+struct Jail {
+    main: Pid,
+    exit: Option<Exit>,
+    control: Control,
+    children: SignalFd,
+}
+
+impl Jail {
+    /// Returns when everything has to end.
+    fn supervise(&mut self, policy: &Policy) {
+        let mut kill_at: Option<Instant> = None;
+        while self.reap_all() && self.exit.is_none() {
+            let left = kill_at.map(|at| at.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return;
+            }
+            self.wait(left, true);
+            for command in self.control.commands() {
+                match command {
+                    Command::Signal(signal) => self.signal(signal),
+                    Command::Kill(_) => return,
+                }
+            }
+            if !self.control.open && kill_at.is_none() {
+                self.signal(policy.stop_signal);
+                kill_at = Some(Instant::now() + Duration::from_millis(policy.stop_grace_ms.min(3_600_000)));
+            }
+        }
+    }
+
+    /// Kills all that is left, and reports when the kernel says that nothing is.
+    fn end_everything(&mut self) {
+        let mut before = BTreeSet::new();
+        while self.reap_all() {
+            let killed = tree::kill_all(below_this_process());
+            // Somebody new: look again at once, that is how a fork bomb is overtaken. Nobody new: those that were
+            // killed need a moment to die (a zombie's parent, a process in the kernel), and say so by SIGCHLD.
+            if killed.is_subset(&before) && self.reap_all() {
+                self.wait(Some(Duration::from_millis(2)), false);
+            }
+            before = killed;
+        }
+        let cpu_seconds = getrusage(UsageWho::RUSAGE_CHILDREN).map_or(0.0, |usage| {
+            let micros = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
+            Duration::from_micros(micros.unsigned_abs()).as_secs_f64()
+        });
+        self.control.report(&Report::Empty { cpu_seconds });
+    }
+
+    /// Reaps all that have ended. False: no child is left.
+    fn reap_all(&mut self) -> bool {
+        // Cleared before reaping, so that an end in between wakes the next wait.
+        while matches!(self.children.read_signal(), Ok(Some(_))) {}
+        loop {
+            match reap() {
+                None => return false,
+                Some(None) => return true,
+                Some(Some((pid, status))) if pid == self.main.as_raw() => {
+                    let exit = Exit { code: status.code(), signal: status.signal() };
+                    self.exit = Some(exit);
+                    self.control.report(&Report::Exited(exit));
+                }
+                Some(Some(_)) => {}
+            }
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        // Not reaped yet, so the id is still the main program's.
+        if self.exit.is_none() {
+            let _ = kill(self.main, signal.number());
+        }
+    }
+
+    /// Waits until a child ends or, with `commands`, the sidecar has something to say; for at most `limit`.
+    fn wait(&self, limit: Option<Duration>, commands: bool) {
+        let stdin = io::stdin();
+        let mut fds = vec![PollFd::new(self.children.as_fd(), PollFlags::POLLIN)];
+        if commands && self.control.open {
+            fds.push(PollFd::new(stdin.as_fd(), PollFlags::POLLIN));
+        }
+        let limit = match limit {
+            None => PollTimeout::NONE,
+            Some(limit) => {
+                let millis = u16::try_from(limit.as_millis()).unwrap_or(u16::MAX).max(1);
+                PollTimeout::from(millis)
+            }
+        };
+        let _ = poll(&mut fds, limit);
+    }
+}
+
+/// The socket to the sidecar, which is this process's standard input.
+struct Control {
+    unread: Vec<u8>,
+    open: bool,
+}
+
+impl Control {
+    fn policy(&mut self) -> io::Result<Policy> {
+        loop {
+            if let Some(line) = self.next_line() {
+                return Ok(serde_json::from_slice(&line)?);
+            }
+            if !self.fill() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+    }
+
+    /// What the sidecar has asked for since the last call. Does not block. Lines that are no command are ignored.
+    fn commands(&mut self) -> Vec<Command> {
+        let mut commands = Vec::new();
+        while self.open && readable() && self.fill() {}
+        while let Some(line) = self.next_line() {
+            commands.extend(serde_json::from_slice(&line));
+        }
+        commands
+    }
+
+    /// A write that fails means that the sidecar is gone, which changes nothing about what has to be done.
+    fn report(&mut self, report: &Report) {
+        if let Ok(line) = protocol::line(report) {
+            let mut rest = line.as_slice();
+            while let Ok(count @ 1..) = unistd::write(io::stdin().as_fd(), rest) {
+                rest = &rest[count..];
+            }
+        }
+    }
+
+    /// Reads once, blocking. False at the end, or on an error, which is the same here.
+    fn fill(&mut self) -> bool {
+        let mut buffer = [0; 4096];
+        match unistd::read(io::stdin().as_fd(), &mut buffer) {
+            Ok(count @ 1..) => {
+                self.unread.extend_from_slice(&buffer[..count]);
+                true
+            }
+            _ => {
+                self.open = false;
+                false
+            }
+        }
+    }
+
+    fn next_line(&mut self) -> Option<Vec<u8>> {
+        let end = self.unread.iter().position(|byte| *byte == b'\n')?;
+        let rest = self.unread.split_off(end + 1);
+        Some(std::mem::replace(&mut self.unread, rest))
+    }
+}
+
+fn readable() -> bool {
+    let stdin = io::stdin();
+    let mut fds = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
+    matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..))
+}

@@ -1,0 +1,310 @@
+//! The only place that starts processes, and that may hold `unsafe`.
+//!
+//! - `Sandbox` starts a program in a jail of its own: this same binary again, which stays as the subreaper of the
+//!   program (`jail`, with what the two say to each other in `protocol`).
+//! - `process`: a program that was started, and the proof that nothing of it is left.
+//! - `orphans`: what a jail leaves behind when it is killed itself.
+//! - `tree`: the process tree as `/proc` shows it.
+//! - `tap`: the shell that OpenCode is given, which runs the real one and sends a copy of its output to the sidecar
+//!   through an `uplink`, in `frames`.
+//!
+//! Killing means that nothing is left, and that there is a proof: the jail, a subreaper, has no child any more. A
+//! process group or a pid alone is never taken for it. Nothing here knows OpenCode, Postgres or an execution.
+
+pub mod frames;
+pub mod jail;
+mod orphans;
+mod process;
+mod protocol;
+pub mod tap;
+mod tree;
+mod uplink;
+
+pub use process::{Process, ProcessHandle};
+pub use tree::Stat;
+
+use crate::tasks::Tasks;
+use nix::sys::prctl;
+use nix::sys::signal;
+use serde::{Deserialize, Serialize};
+use std::ffi::OsString;
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt};
+
+/// How much of each stream [`Sandbox::run`] keeps; the rest is read and thrown away.
+pub const MAX_CAPTURED: usize = 1024 * 1024;
+
+/// Starts programs, each in a jail of its own. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Sandbox {
+    executable: Arc<PathBuf>,
+    tasks: Tasks,
+    live: Arc<AtomicUsize>,
+}
+
+impl Sandbox {
+    /// `executable` is the `opencode-sidecar` binary itself, as an absolute path: it is started again as the jail.
+    /// Makes this process a subreaper, so that it inherits what a jail leaves behind that is killed itself.
+    ///
+    /// # Errors
+    /// The kernel refuses to make this process a subreaper.
+    pub fn new(executable: PathBuf, tasks: Tasks) -> io::Result<Self> {
+        prctl::set_child_subreaper(true)?;
+        Ok(Self { executable: Arc::new(executable), tasks, live: Arc::default() })
+    }
+
+    /// Starts a program and waits until it runs. Dropping the future ends whatever it had started.
+    ///
+    /// # Errors
+    /// The jail cannot be started, or one of its steps failed: nothing runs then.
+    pub async fn start(&self, spec: Spec) -> Result<Process, StartError> {
+        process::start(self, spec).await
+    }
+
+    /// Kills and reaps what was orphaned to this process by jails that were killed; returns how many processes it
+    /// met, 0 if none is left. Each [`Process`] does this for its own jail; call it once more at shutdown.
+    pub fn sweep_orphans(&self) -> usize {
+        orphans::sweep()
+    }
+
+    /// How many of the programs started here are not yet proven to have left nothing.
+    pub fn live(&self) -> usize {
+        self.live.load(Ordering::Acquire)
+    }
+
+    /// Runs a short program to its end and captures its output, at most [`MAX_CAPTURED`] of each stream.
+    ///
+    /// # Errors
+    /// It cannot be started, does not end within `deadline` (it is killed then), or its output cannot be read. How it
+    /// ended is no error here: look at [`Output::exit`].
+    pub async fn run(&self, spec: Spec, deadline: Duration) -> Result<Output, RunError> {
+        let name = spec.name.clone();
+        let work = async {
+            let mut process = self.start(spec).await?;
+            let (stdout, stderr) = (process.take_stdout(), process.take_stderr());
+            let read = |source| RunError::Read { name: name.clone(), source };
+            let (stdout, stderr) = tokio::try_join!(capture(stdout), capture(stderr)).map_err(read)?;
+            let exit = process.exited().await;
+            process.gone().await;
+            Ok(Output { exit, stdout, stderr })
+        };
+        // On the deadline the future is dropped and the process with it, which ends everything below its jail.
+        match tokio::time::timeout(deadline, work).await {
+            Ok(result) => result,
+            Err(_) => Err(RunError::Deadline { name: name.clone(), deadline }),
+        }
+    }
+}
+
+async fn capture(stream: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
+    let mut kept = Vec::new();
+    if let Some(mut stream) = stream {
+        (&mut stream).take(MAX_CAPTURED as u64).read_to_end(&mut kept).await?;
+        tokio::io::copy(&mut stream, &mut tokio::io::sink()).await?;
+    }
+    Ok(kept)
+}
+
+/// A program to start.
+#[derive(Clone)]
+pub struct Spec {
+    /// What it is called in logs and errors, and in the jail's command line: nothing secret.
+    pub name: String,
+    /// Its path; a bare name is looked up in the `PATH` of `env`.
+    pub program: PathBuf,
+    /// Its arguments. Every local user can read them: nothing secret.
+    pub args: Vec<OsString>,
+    /// Its whole environment; nothing is inherited.
+    pub env: Vec<(OsString, OsString)>,
+    /// Its working directory, an absolute path that exists.
+    pub cwd: PathBuf,
+    /// The user that it runs as; without one, the sidecar's own. Needs root. Supplementary groups are dropped.
+    pub user: Option<User>,
+    /// What the jail sends it if the sidecar dies.
+    pub stop_signal: Signal,
+    /// How long it may take over that before it is killed. At most an hour.
+    pub stop_grace: Duration,
+    /// How readily the kernel kills it when memory runs out, -1000 to 1000; less than the sidecar's own needs root.
+    pub oom_score_adj: Option<i32>,
+}
+
+impl Spec {
+    /// A program without arguments or environment, in `/`, killed at once if the sidecar dies.
+    pub fn new(name: impl Into<String>, program: impl Into<PathBuf>) -> Self {
+        Self {
+            name: name.into(),
+            program: program.into(),
+            args: Vec::new(),
+            env: Vec::new(),
+            cwd: PathBuf::from("/"),
+            user: None,
+            stop_signal: Signal::Term,
+            stop_grace: Duration::ZERO,
+            oom_score_adj: None,
+        }
+    }
+}
+
+impl fmt::Debug for Spec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Spec")
+            .field("name", &self.name)
+            .field("program", &self.program)
+            .field("args", &self.args)
+            .field("env_names", &self.env.iter().map(|(name, _)| name).collect::<Vec<_>>())
+            .field("cwd", &self.cwd)
+            .field("user", &self.user)
+            .field("stop_signal", &self.stop_signal)
+            .field("stop_grace", &self.stop_grace)
+            .field("oom_score_adj", &self.oom_score_adj)
+            .finish()
+    }
+}
+
+/// A user to run as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct User {
+    /// The user's id.
+    pub uid: u32,
+    /// The id of its only group.
+    pub gid: u32,
+}
+
+/// The signals that a program can be sent. There is no kill among them: that is [`Process::kill`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Signal {
+    /// SIGTERM.
+    Term,
+    /// SIGINT.
+    Int,
+}
+
+impl Signal {
+    fn number(self) -> signal::Signal {
+        match self {
+            Self::Term => signal::SIGTERM,
+            Self::Int => signal::SIGINT,
+        }
+    }
+}
+
+/// How a program ended. Both empty: not known, because its jail was killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// The code that it returned.
+    pub code: Option<i32>,
+    /// The number of the signal that ended it.
+    pub signal: Option<i32>,
+}
+
+impl Exit {
+    /// Whether it returned 0.
+    pub fn success(self) -> bool {
+        self.code == Some(0)
+    }
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.code, self.signal) {
+            (Some(code), _) => write!(f, "exit code {code}"),
+            (None, Some(signal)) => write!(f, "signal {signal}"),
+            (None, None) => f.write_str("unknown end"),
+        }
+    }
+}
+
+/// The proof that nothing of a program is left.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Gone {
+    /// User and system time of all that ran, in seconds. Not known where the jail was killed.
+    pub cpu_seconds: Option<f64>,
+}
+
+/// How a program ended that [`Sandbox::run`] ran, and what it wrote.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// How it ended.
+    pub exit: Exit,
+    /// What it wrote to its standard output.
+    pub stdout: Vec<u8>,
+    /// What it wrote to its standard error.
+    pub stderr: Vec<u8>,
+}
+
+/// A program could not be started. Nothing of it runs.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The jail itself.
+    #[error("cannot start the jail of {name}")]
+    Jail {
+        /// The program's name.
+        name: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// One of the jail's steps.
+    #[error("cannot start {name}: step {step} failed: {detail}")]
+    Step {
+        /// The program's name.
+        name: String,
+        /// The step's name: `exec`, `cwd`, `subreaper` and so on.
+        step: String,
+        /// What the step said.
+        detail: String,
+    },
+    /// The jail ended without a word: somebody killed it.
+    #[error("the jail of {name} ended before its program ran")]
+    Lost {
+        /// The program's name.
+        name: String,
+    },
+}
+
+/// A program could not be run to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// It did not start.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// It took too long, and was killed.
+    #[error("{name} did not end within {deadline:?}")]
+    Deadline {
+        /// The program's name.
+        name: String,
+        /// How long it had.
+        deadline: Duration,
+    },
+    /// Its output could not be read.
+    #[error("cannot read the output of {name}")]
+    Read {
+        /// The program's name.
+        name: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Something could not be killed in time. The attempt goes on: [`Process::gone`] still tells when it is done.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{name} is not gone after {after:?}; left: {}", list(.left))]
+pub struct StillAlive {
+    /// The program's name.
+    pub name: String,
+    /// How long was tried.
+    pub after: Duration,
+    /// What still lives. Empty: only the jail's report is missing.
+    pub left: Vec<Stat>,
+}
+
+fn list(left: &[Stat]) -> String {
+    left.iter().map(Stat::to_string).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,132 @@
+//! What the sidecar and a jail say to each other over their socket: one JSON value per line.
+
+use super::{Exit, Signal, Spec};
+use serde::{Deserialize, Serialize};
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+
+/// What the jail is to enforce and start: the first line it reads.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Policy {
+    program: Text,
+    args: Vec<Text>,
+    env: Vec<(Text, Text)>,
+    cwd: Text,
+    pub(super) uid_gid: Option<(u32, u32)>,
+    pub(super) stop_signal: Signal,
+    pub(super) stop_grace_ms: u64,
+    pub(super) oom_score_adj: Option<i32>,
+}
+
+impl Policy {
+    pub(super) fn of(spec: &Spec) -> Self {
+        Self {
+            program: Text::of(spec.program.as_os_str()),
+            args: spec.args.iter().map(|arg| Text::of(arg)).collect(),
+            env: spec.env.iter().map(|(name, value)| (Text::of(name), Text::of(value))).collect(),
+            cwd: Text::of(spec.cwd.as_os_str()),
+            uid_gid: spec.user.map(|user| (user.uid, user.gid)),
+            stop_signal: spec.stop_signal,
+            stop_grace_ms: u64::try_from(spec.stop_grace.as_millis()).unwrap_or(u64::MAX),
+            oom_score_adj: spec.oom_score_adj,
+        }
+    }
+
+    pub(super) fn program(&self) -> PathBuf {
+        self.program.to_os().into()
+    }
+
+    pub(super) fn args(&self) -> impl Iterator<Item = OsString> {
+        self.args.iter().map(Text::to_os)
+    }
+
+    pub(super) fn env(&self) -> impl Iterator<Item = (OsString, OsString)> {
+        self.env.iter().map(|(name, value)| (name.to_os(), value.to_os()))
+    }
+
+    pub(super) fn cwd(&self) -> PathBuf {
+        self.cwd.to_os().into()
+    }
+}
+
+/// A string of the operating system: JSON text where it is UTF-8, else its bytes.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Text {
+    Utf8(String),
+    Bytes(Vec<u8>),
+}
+
+impl Text {
+    fn of(value: &OsStr) -> Self {
+        match value.to_str() {
+            Some(text) => Self::Utf8(text.to_owned()),
+            None => Self::Bytes(value.as_bytes().to_vec()),
+        }
+    }
+
+    fn to_os(&self) -> OsString {
+        match self {
+            Self::Utf8(text) => text.into(),
+            Self::Bytes(bytes) => OsString::from_vec(bytes.clone()),
+        }
+    }
+}
+
+/// What the sidecar asks of a jail.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Command {
+    /// Signal the main program alone.
+    Signal(Signal),
+    /// Kill everything and report when nothing is left.
+    Kill(bool),
+}
+
+/// What a jail tells the sidecar.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Report {
+    /// The program runs.
+    Started { pid: u32 },
+    /// A step failed; nothing runs.
+    Failed { step: String, error: String },
+    /// The main program has ended.
+    Exited(Exit),
+    /// Nothing is left.
+    Empty { cpu_seconds: f64 },
+}
+
+/// One line, with its end.
+pub(super) fn line<T: Serialize>(value: &T) -> serde_json::Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(value)?;
+    line.push(b'\n');
+    Ok(line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_words_on_the_wire() {
+        assert_eq!(line(&Command::Signal(Signal::Term)).unwrap(), b"{\"signal\":\"term\"}\n");
+        assert_eq!(line(&Command::Kill(true)).unwrap(), b"{\"kill\":true}\n");
+        let exit = Exit { code: Some(3), signal: None };
+        assert_eq!(line(&Report::Exited(exit)).unwrap(), b"{\"exited\":{\"code\":3,\"signal\":null}}\n");
+        assert_eq!(line(&Report::Started { pid: 5 }).unwrap(), b"{\"started\":{\"pid\":5}}\n");
+    }
+
+    #[test]
+    fn what_is_not_utf8_arrives_as_it_was() {
+        let mut spec = Spec::new("test", "/bin/\u{fffd}");
+        let odd = OsString::from_vec(vec![b'a', 0xff, b'b']);
+        spec.args = vec![odd.clone(), "plain".into()];
+        spec.env = vec![("NAME".into(), odd.clone())];
+        let read: Policy = serde_json::from_slice(&line(&Policy::of(&spec)).unwrap()).unwrap();
+        assert_eq!(read.args().collect::<Vec<_>>(), spec.args);
+        assert_eq!(read.env().collect::<Vec<_>>(), spec.env);
+        assert_eq!(read.program(), spec.program);
+    }
+}
