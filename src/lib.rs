@@ -1,3 +1,4 @@
+pub mod broker;
 pub mod model;
 pub mod scripted;
 pub mod tasks;
