@@ -1,0 +1,332 @@
+//! One call on its way to the provider and its answer on the way back.
+
+use super::error::{ModelError, Said};
+use super::observe::{Api, Form, Observer};
+use super::server::refuse;
+use super::session::{Call, Session};
+use super::{BrokerConfig, BrokerError, Inner, Upstream, priming};
+use crate::model::task::Provider;
+use axum::body::Body;
+use bytes::Bytes;
+use chrono::Utc;
+use futures_util::{Stream, StreamExt};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
+use hyper::{Request, Response, StatusCode};
+use rustls_platform_verifier::BuilderVerifierExt;
+use secrecy::ExposeSecret;
+use serde::Deserialize;
+use std::error::Error;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::timeout;
+use url::Url;
+
+/// Headers of a call that reach the provider; all others are the session's own affair.
+const FORWARDED: [&str; 8] = [
+    "accept",
+    "anthropic-beta",
+    "anthropic-version",
+    "content-type",
+    "http-referer",
+    "openai-beta",
+    "user-agent",
+    "x-title",
+];
+/// How much of an error body is read.
+const MAX_ERROR: usize = 64 * 1024;
+
+/// The client for all providers.
+///
+/// # Errors
+/// Where TLS or the client cannot be set up. A host without any root certificate is no error: only calls over TLS
+/// fail there.
+pub(super) fn client(config: &BrokerConfig) -> Result<reqwest::Client, BrokerError> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = || {
+        rustls::ClientConfig::builder_with_provider(Arc::clone(&provider))
+            .with_safe_default_protocol_versions()
+            .map_err(BrokerError::Tls)
+    };
+    let mut tls = match builder()?.with_platform_verifier() {
+        Ok(builder) => builder.with_no_client_auth(),
+        Err(error) => {
+            tracing::warn!(%error, "no root certificates: model providers cannot be reached over TLS");
+            builder()?.with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth()
+        }
+    };
+    tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    reqwest::Client::builder()
+        .tls_backend_preconfigured(tls)
+        .connect_timeout(config.connect_timeout)
+        .redirect(reqwest::redirect::Policy::none())
+        // Every call that reaches a provider is one that was counted.
+        .retry(reqwest::retry::never())
+        .no_proxy()
+        .referer(false)
+        .build()
+        .map_err(BrokerError::Client)
+}
+
+/// What the broker reads of a call.
+#[derive(Deserialize)]
+struct Peek {
+    #[serde(default)]
+    model: String,
+    #[serde(default)]
+    stream: bool,
+}
+
+/// Forwards a call, or answers it itself where it may not go on.
+pub(super) async fn forward(
+    inner: &Inner,
+    session: &Arc<Session>,
+    api: Api,
+    request: Request<Incoming>,
+) -> Response<Body> {
+    let Ok(slot) = Arc::clone(&session.slots).acquire_owned().await else {
+        return refuse(StatusCode::SERVICE_UNAVAILABLE, "closed", "unavailable", "unavailable");
+    };
+    let (parts, body) = request.into_parts();
+    let body = match Limited::new(body, inner.config.max_body).collect().await {
+        Ok(body) => body.to_bytes(),
+        Err(error) if error.is::<LengthLimitError>() => {
+            let message = "the call is longer than the broker takes";
+            return refuse(StatusCode::PAYLOAD_TOO_LARGE, message, "invalid_request_error", "request_too_large");
+        }
+        Err(_) => return refuse(StatusCode::BAD_REQUEST, "the body broke off", "invalid_request_error", "bad_request"),
+    };
+    let Ok(peek) = serde_json::from_slice::<Peek>(&body) else {
+        let message = "the body is no call of a model";
+        return refuse(StatusCode::BAD_REQUEST, message, "invalid_request_error", "bad_request");
+    };
+    if session.is_priming() {
+        return priming::answer(api, &peek.model, peek.stream);
+    }
+    let mut call = match session.admit(slot) {
+        Ok(call) => call,
+        // OpenCode does not repeat a call that got this status.
+        Err(exhausted) => {
+            return refuse(StatusCode::BAD_REQUEST, exhausted.message(), exhausted.code(), exhausted.code());
+        }
+    };
+    let upstream = &session.upstream;
+    if !upstream.model.is_empty() && peek.model != upstream.model {
+        let error = ModelError::rejected("another model was called than the one that the execution was given");
+        return failed(&mut call, error, &Said::default());
+    }
+    let headers = match headers(upstream, &parts.headers) {
+        Ok(headers) => headers,
+        Err(error) => return failed(&mut call, error, &Said::default()),
+    };
+    let sent = inner.client.post(url(&upstream.endpoint, api, parts.uri.query())).headers(headers).body(body).send();
+    let answer = match timeout(inner.config.header_timeout, sent).await {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(error)) => return failed(&mut call, unanswered(&error, &upstream.endpoint), &Said::default()),
+        Err(_) => {
+            return failed(&mut call, ModelError::no_headers(inner.config.header_timeout), &Said::default());
+        }
+    };
+    session.touch();
+    if answer.status().is_success() {
+        pass_on(call, api, answer, peek.stream, inner.config.idle_timeout).await
+    } else {
+        not_ok(call, upstream, answer, inner.config.idle_timeout).await
+    }
+}
+
+fn url(endpoint: &Url, api: Api, query: Option<&str>) -> Url {
+    let mut url = endpoint.clone();
+    let rest = match api {
+        Api::Chat => "chat/completions",
+        Api::Messages => "messages",
+        Api::Responses => "responses",
+    };
+    let path = format!("{}/{rest}", endpoint.path().trim_end_matches('/'));
+    url.set_path(&path);
+    if url.query().is_none() {
+        url.set_query(query);
+    }
+    url.set_fragment(None);
+    // A user and password in the URL would be sent as a credential beside the key. An HTTP URL can lose them.
+    let _ = url.set_username("");
+    let _ = url.set_password(None);
+    url
+}
+
+fn headers(upstream: &Upstream, from: &HeaderMap) -> Result<HeaderMap, ModelError> {
+    let mut headers = HeaderMap::new();
+    for name in FORWARDED {
+        for value in from.get_all(name) {
+            headers.append(HeaderName::from_static(name), value.clone());
+        }
+    }
+    // So that the answer can be read along.
+    headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+    let key = upstream.api_key.expose_secret();
+    if !key.is_empty() {
+        let (name, value) = match upstream.provider {
+            Provider::Anthropic => (HeaderName::from_static("x-api-key"), HeaderValue::from_str(key)),
+            _ => (header::AUTHORIZATION, HeaderValue::from_str(&format!("Bearer {key}"))),
+        };
+        let mut value = value.map_err(|_| ModelError::bad_key())?;
+        value.set_sensitive(true);
+        headers.insert(name, value);
+    }
+    Ok(headers)
+}
+
+/// The error for a call that got no answer.
+fn unanswered(error: &reqwest::Error, endpoint: &Url) -> ModelError {
+    if !error.is_connect() {
+        return ModelError::closed_early();
+    }
+    let mut said = String::new();
+    let mut cause: Option<&dyn Error> = Some(error);
+    while let Some(error) = cause {
+        said.push_str(&error.to_string().to_lowercase());
+        said.push(' ');
+        cause = error.source();
+    }
+    let is = |word: &str| said.contains(word);
+    let detail = if error.is_timeout() {
+        "no connection in time"
+    } else if is("dns") || is("lookup") {
+        "its name is not known"
+    } else if is("certificate") || is("tls") || is("handshake") {
+        "no TLS connection"
+    } else if is("refused") {
+        "connection refused"
+    } else {
+        "no connection"
+    };
+    ModelError::unreachable(endpoint.host_str().unwrap_or("an endpoint without a host"), detail)
+}
+
+/// Books the call as failed and tells OpenCode, with the provider's own words for the kind of error where it had
+/// some: OpenCode knows a few of them.
+fn failed(call: &mut Call, error: ModelError, said: &Said) -> Response<Body> {
+    fn or<'a>(word: &'a str, code: &'a str) -> &'a str {
+        if word.is_empty() { code } else { word }
+    }
+    let mut response = refuse(error.status(), &error.message, or(&said.kind, error.code), or(&said.code, error.code));
+    if let Some(seconds) = error.retry_after {
+        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+    }
+    call.fail(error);
+    response
+}
+
+async fn not_ok(mut call: Call, upstream: &Upstream, answer: reqwest::Response, idle: Duration) -> Response<Body> {
+    let (status, headers) = (answer.status(), answer.headers().clone());
+    let mut body = Vec::new();
+    let mut stream = answer.bytes_stream();
+    // The status says enough: a body that never ends, or breaks off, is read as far as it came.
+    while let Ok(Some(Ok(bytes))) = timeout(idle, stream.next()).await {
+        let room = MAX_ERROR - body.len();
+        body.extend_from_slice(&bytes[..bytes.len().min(room)]);
+        if body.len() == MAX_ERROR {
+            break;
+        }
+    }
+    let said = Said::read(&body, &upstream.api_key);
+    let error = ModelError::from_status(status, &headers, &said, Utc::now());
+    failed(&mut call, error, &said)
+}
+
+fn media_type(headers: &HeaderMap) -> &str {
+    let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    value.split(';').next().unwrap_or_default().trim()
+}
+
+async fn pass_on(
+    mut call: Call,
+    api: Api,
+    answer: reqwest::Response,
+    streamed: bool,
+    idle: Duration,
+) -> Response<Body> {
+    let headers = answer.headers();
+    if headers.get(header::CONTENT_ENCODING).is_some_and(|value| value != "identity") {
+        return failed(
+            &mut call,
+            ModelError::bad_response("it is compressed, which was not asked for"),
+            &Said::default(),
+        );
+    }
+    let is_events = media_type(headers).eq_ignore_ascii_case("text/event-stream");
+    let (status, kind) = (answer.status(), headers.get(header::CONTENT_TYPE).cloned());
+    let mut stream = answer.bytes_stream().boxed();
+    let mut first = None;
+    if streamed && !is_events {
+        // OpenCode would read a web page as an answer without a finish reason, and call again at once.
+        match timeout(idle, stream.next()).await {
+            Ok(Some(Ok(bytes))) if begins_an_event(&bytes) => first = Some(bytes),
+            Ok(Some(Ok(_)) | None) => {
+                let error = ModelError::bad_response("a stream of events was asked for, and it is none");
+                return failed(&mut call, error, &Said::default());
+            }
+            Ok(Some(Err(_))) => return failed(&mut call, ModelError::cut(), &Said::default()),
+            Err(_) => return failed(&mut call, ModelError::stalled(idle), &Said::default()),
+        }
+    }
+    call.observe_with(Observer::new(api, if streamed { Form::Stream } else { Form::Whole }));
+    let mut response = Response::new(Body::from_stream(relay(call, first, stream, idle)));
+    *response.status_mut() = status;
+    if let Some(kind) = kind {
+        response.headers_mut().insert(header::CONTENT_TYPE, kind);
+    }
+    response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+fn begins_an_event(bytes: &[u8]) -> bool {
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes).trim_ascii_start();
+    [&b"data:"[..], b"event:", b"id:", b"retry:", b":"].iter().any(|field| bytes.starts_with(field))
+}
+
+/// The provider's bytes as they come. An error in it makes the server abort OpenCode's connection; when OpenCode
+/// closes its connection this is dropped, and the provider's connection with it.
+fn relay(
+    call: Call,
+    first: Option<Bytes>,
+    mut stream: impl Stream<Item = reqwest::Result<Bytes>> + Unpin,
+    idle: Duration,
+) -> impl Stream<Item = io::Result<Bytes>> {
+    async_stream::stream! {
+        // Moved whole: its drop must see what happens here.
+        let mut call = call;
+        if let Some(bytes) = first {
+            call.pass(&bytes);
+            yield Ok(bytes);
+        }
+        loop {
+            match timeout(idle, stream.next()).await {
+                Ok(Some(Ok(bytes))) => {
+                    call.pass(&bytes);
+                    yield Ok(bytes);
+                }
+                Ok(None) => {
+                    call.end();
+                    return;
+                }
+                // The answer was complete: nothing is missing.
+                Ok(Some(Err(_))) | Err(_) if call.is_settled() => return,
+                Ok(Some(Err(_))) => {
+                    call.fail(ModelError::cut());
+                    // The server flushes where the body pauses: what came before the cut gets through.
+                    tokio::task::yield_now().await;
+                    yield Err(io::Error::other("the provider's connection broke"));
+                    return;
+                }
+                Err(_) => {
+                    call.fail(ModelError::stalled(idle));
+                    yield Err(io::Error::other("the provider fell silent"));
+                    return;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,372 @@
+//! Reads along with an answer that passes by: how it ended, what it used, whether it was an answer at all.
+//!
+//! It changes nothing and keeps little: at most one event, and none of the text.
+
+use super::error::{ModelError, Said};
+use secrecy::SecretString;
+use serde_json::Value;
+
+/// Longest event, or whole answer, that is read. A longer one is passed on unread.
+const MAX_EVENT: usize = 4 * 1024 * 1024;
+
+/// The provider's interfaces, told by the path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Api {
+    Chat,
+    Messages,
+    Responses,
+}
+
+/// The form of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// Server-sent events.
+    Stream,
+    /// One JSON document.
+    Whole,
+}
+
+/// What was seen of one answer.
+#[derive(Debug)]
+pub(super) struct Observer {
+    api: Api,
+    form: Form,
+    line: Vec<u8>,
+    /// Data of the event that is being read (or of the whole answer).
+    event: Vec<u8>,
+    after_cr: bool,
+    /// The line or event is too long and is passed over.
+    skip_line: bool,
+    skip_event: bool,
+    skipped: bool,
+    understood: u64,
+    broken: u64,
+    finish: Option<String>,
+    done: bool,
+    error: Option<Value>,
+    pub(super) input_tokens: u64,
+    pub(super) output_tokens: u64,
+}
+
+impl Observer {
+    pub(super) fn new(api: Api, form: Form) -> Self {
+        Self {
+            api,
+            form,
+            line: Vec::new(),
+            event: Vec::new(),
+            after_cr: false,
+            skip_line: false,
+            skip_event: false,
+            skipped: false,
+            understood: 0,
+            broken: 0,
+            finish: None,
+            done: false,
+            error: None,
+            input_tokens: 0,
+            output_tokens: 0,
+        }
+    }
+
+    /// Reads the next bytes, split anywhere.
+    pub(super) fn feed(&mut self, mut bytes: &[u8]) {
+        if self.form == Form::Whole {
+            if self.event.len() + bytes.len() > MAX_EVENT {
+                self.skip_event = true;
+                self.skipped = true;
+                self.event = Vec::new();
+            }
+            if !self.skip_event {
+                self.event.extend_from_slice(bytes);
+            }
+            return;
+        }
+        while let Some(first) = bytes.first() {
+            if std::mem::take(&mut self.after_cr) && *first == b'\n' {
+                bytes = &bytes[1..];
+                continue;
+            }
+            let Some(end) = bytes.iter().position(|b| matches!(b, b'\n' | b'\r')) else {
+                self.append(bytes);
+                return;
+            };
+            self.append(&bytes[..end]);
+            self.after_cr = bytes[end] == b'\r';
+            bytes = &bytes[end + 1..];
+            self.end_line();
+        }
+    }
+
+    /// The body has ended: what is left counts as an event.
+    pub(super) fn end(&mut self) {
+        if self.form == Form::Stream && (!self.line.is_empty() || self.skip_line) {
+            self.end_line();
+        }
+        self.end_event();
+    }
+
+    /// Whether the answer says that nothing follows.
+    pub(super) fn is_done(&self) -> bool {
+        self.done
+    }
+
+    /// The finish reason in the provider's word, once it has come.
+    pub(super) fn finish(&self) -> Option<&str> {
+        self.finish.as_deref()
+    }
+
+    /// The judgement over an answer that has ended by itself: its finish reason (empty where an answer too long to
+    /// be read ended as it should), or what was wrong.
+    pub(super) fn verdict(&self, key: &SecretString) -> Result<String, ModelError> {
+        if let Some(error) = &self.error {
+            return Err(ModelError::in_stream(&Said::from_json(error, key)));
+        }
+        if let Some(finish) = &self.finish {
+            return Ok(finish.clone());
+        }
+        if self.skipped && (self.done || self.form == Form::Whole) {
+            return Ok(String::new());
+        }
+        if self.understood == 0 && !self.skipped {
+            let what = if self.form == Form::Stream { "no event in it is one of a model" } else { "it is no JSON" };
+            return Err(ModelError::bad_response(what));
+        }
+        if self.broken > 0 {
+            return Err(ModelError::bad_response("an event in it is no JSON"));
+        }
+        Err(ModelError::unfinished())
+    }
+
+    fn append(&mut self, bytes: &[u8]) {
+        if self.skip_line || self.line.len() + bytes.len() > MAX_EVENT {
+            self.skip_line = true;
+            self.line = Vec::new();
+        } else {
+            self.line.extend_from_slice(bytes);
+        }
+    }
+
+    fn end_line(&mut self) {
+        let line = std::mem::take(&mut self.line);
+        if std::mem::take(&mut self.skip_line) {
+            self.skip_event = true;
+        } else if line.is_empty() {
+            self.end_event();
+        } else if let Some(data) = line.strip_prefix(b"data:") {
+            let data = data.strip_prefix(b" ").unwrap_or(data);
+            if self.event.len() + data.len() >= MAX_EVENT {
+                self.skip_event = true;
+            } else if !self.skip_event {
+                if !self.event.is_empty() {
+                    self.event.push(b'\n');
+                }
+                self.event.extend_from_slice(data);
+            }
+        }
+        // The buffer's room is kept for the next line.
+        self.line = line;
+        self.line.clear();
+    }
+
+    fn end_event(&mut self) {
+        let event = std::mem::take(&mut self.event);
+        if std::mem::take(&mut self.skip_event) {
+            self.skipped = true;
+            return;
+        }
+        if event.is_empty() {
+            return;
+        }
+        if event.trim_ascii() == b"[DONE]" {
+            self.done = true;
+        } else {
+            match serde_json::from_slice::<Value>(&event) {
+                Ok(value) => self.understand(&value),
+                Err(_) => self.broken += 1,
+            }
+        }
+        self.event = event;
+        self.event.clear();
+    }
+
+    fn understand(&mut self, value: &Value) {
+        let kind = value["type"].as_str().unwrap_or_default();
+        if value["error"].is_object() || value["error"].is_string() || kind == "error" {
+            self.understood += 1;
+            self.error.get_or_insert_with(|| value.clone());
+            return;
+        }
+        match self.api {
+            Api::Chat => self.understand_chat(value),
+            Api::Messages => self.understand_messages(kind, value),
+            Api::Responses => self.understand_responses(kind, value),
+        }
+    }
+
+    fn understand_chat(&mut self, value: &Value) {
+        if let Some(choices) = value["choices"].as_array() {
+            self.understood += 1;
+            for choice in choices {
+                self.finished(&choice["finish_reason"]);
+            }
+        }
+        self.used(&value["usage"]["prompt_tokens"], &value["usage"]["completion_tokens"]);
+    }
+
+    fn understand_messages(&mut self, kind: &str, value: &Value) {
+        let usage = match kind {
+            "message_start" => &value["message"]["usage"],
+            "message" => {
+                self.finished(&value["stop_reason"]);
+                &value["usage"]
+            }
+            "message_delta" => {
+                self.finished(&value["delta"]["stop_reason"]);
+                &value["usage"]
+            }
+            "message_stop" => {
+                self.done = true;
+                &Value::Null
+            }
+            "content_block_start" | "content_block_delta" | "content_block_stop" | "ping" => &Value::Null,
+            _ => return,
+        };
+        self.understood += 1;
+        let number = |name: &str| usage[name].as_u64().unwrap_or(0);
+        let input = number("input_tokens") + number("cache_creation_input_tokens") + number("cache_read_input_tokens");
+        self.used(&input.into(), &usage["output_tokens"]);
+    }
+
+    fn understand_responses(&mut self, kind: &str, value: &Value) {
+        let response = if value["response"].is_object() { &value["response"] } else { value };
+        if !kind.starts_with("response.") && value["object"] != "response" {
+            return;
+        }
+        self.understood += 1;
+        match response["status"].as_str() {
+            Some("completed" | "incomplete") => {
+                self.finished(&response["status"]);
+                self.done |= !kind.is_empty();
+            }
+            Some("failed") => self.error = Some(response.clone()),
+            _ => {}
+        }
+        self.used(&response["usage"]["input_tokens"], &response["usage"]["output_tokens"]);
+    }
+
+    fn finished(&mut self, reason: &Value) {
+        if let Some(reason) = reason.as_str().filter(|reason| !reason.is_empty()) {
+            self.finish = Some(reason.chars().take(64).collect());
+        }
+    }
+
+    /// Providers repeat a growing usage; the highest counts.
+    fn used(&mut self, input: &Value, output: &Value) {
+        self.input_tokens = self.input_tokens.max(input.as_u64().unwrap_or(0));
+        self.output_tokens = self.output_tokens.max(output.as_u64().unwrap_or(0));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CHAT: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"é\"},\"finish_reason\":null}]}\n\n\
+        data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n\
+        data: {\"choices\":[],\"usage\":{\"prompt_tokens\":7,\"completion_tokens\":3}}\n\ndata: [DONE]\n\n";
+
+    fn read(api: Api, form: Form, pieces: &[&[u8]]) -> Observer {
+        let mut observer = Observer::new(api, form);
+        pieces.iter().for_each(|piece| observer.feed(piece));
+        observer.end();
+        observer
+    }
+
+    fn verdict(observer: &Observer) -> Result<String, &'static str> {
+        observer.verdict(&SecretString::from("")).map_err(|error| error.code)
+    }
+
+    #[test]
+    fn a_chat_split_anywhere_with_any_line_ends() {
+        for text in [CHAT.to_owned(), CHAT.replace('\n', "\r\n"), CHAT.replace('\n', "\r")] {
+            for at in 0..=text.len() {
+                let (a, b) = text.as_bytes().split_at(at);
+                let observer = read(Api::Chat, Form::Stream, &[a, b]);
+                assert_eq!(verdict(&observer), Ok("stop".to_owned()), "split at {at}");
+                assert_eq!((observer.input_tokens, observer.output_tokens), (7, 3));
+                assert!(observer.is_done());
+            }
+            let bytes: Vec<&[u8]> = text.as_bytes().chunks(1).collect();
+            assert_eq!(verdict(&read(Api::Chat, Form::Stream, &bytes)), Ok("stop".to_owned()));
+        }
+    }
+
+    #[test]
+    fn one_event_in_several_data_lines_and_comments() {
+        let text = b": ping\nid: 4\ndata: {\"choices\":[{\ndata:\"finish_reason\":\"length\"}]}\n\n";
+        assert_eq!(verdict(&read(Api::Chat, Form::Stream, &[text])), Ok("length".to_owned()));
+    }
+
+    #[test]
+    fn what_is_no_answer() {
+        for text in ["", "<html>\n\n</html>", "data: oops\n\n", "data: {\"hello\":1}\n\n", ": ping\n\n", "\u{0}\u{1}"] {
+            let observer = read(Api::Chat, Form::Stream, &[text.as_bytes()]);
+            assert_eq!(verdict(&observer), Err("model_bad_response"), "{text:?}");
+        }
+        let broken = "data: {\"choices\":[{\"delta\":{}}]}\n\ndata: {\"cho\n\n";
+        assert_eq!(verdict(&read(Api::Chat, Form::Stream, &[broken.as_bytes()])), Err("model_bad_response"));
+        let unfinished = "data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"\"}]}\n\n";
+        assert_eq!(verdict(&read(Api::Chat, Form::Stream, &[unfinished.as_bytes()])), Err("model_unfinished"));
+        let failed = "data: {\"error\":{\"message\":\"slow down\",\"type\":\"rate_limit_error\"}}\n\n";
+        assert_eq!(verdict(&read(Api::Chat, Form::Stream, &[failed.as_bytes()])), Err("model_rate_limited"));
+    }
+
+    #[test]
+    fn a_huge_line_is_passed_over_and_costs_no_memory() {
+        let mut observer = Observer::new(Api::Chat, Form::Stream);
+        observer.feed(b"data: ");
+        for _ in 0..10 {
+            observer.feed(&vec![b'x'; 1024 * 1024]);
+            assert!(observer.line.capacity() <= 2 * MAX_EVENT);
+        }
+        observer.feed(b"\n\n");
+        observer.feed(b"data: [DONE]\n\n");
+        observer.end();
+        assert_eq!(verdict(&observer), Ok(String::new()));
+        let mut observer = Observer::new(Api::Chat, Form::Stream);
+        observer.feed(&vec![b'x'; MAX_EVENT + 1]);
+        observer.feed(b"\n\n");
+        observer.feed(CHAT.as_bytes());
+        observer.end();
+        assert_eq!(verdict(&observer), Ok("stop".to_owned()));
+    }
+
+    #[test]
+    fn anthropic_and_responses() {
+        let text = "event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"usage\":{\"input_tokens\":5,\"cache_read_input_tokens\":2,\"output_tokens\":1}}}\n\n\
+            data: {\"type\":\"ping\"}\n\n\
+            data: {\"type\":\"message_delta\",\"delta\":{\"stop_reason\":\"end_turn\"},\"usage\":{\"output_tokens\":9}}\n\n\
+            data: {\"type\":\"message_stop\"}\n\n";
+        let observer = read(Api::Messages, Form::Stream, &[text.as_bytes()]);
+        assert_eq!(verdict(&observer), Ok("end_turn".to_owned()));
+        assert_eq!((observer.input_tokens, observer.output_tokens, observer.is_done()), (7, 9, true));
+        let text = "data: {\"type\":\"response.output_text.delta\",\"delta\":\"x\"}\n\n\
+            data: {\"type\":\"response.completed\",\"response\":{\"status\":\"completed\",\"error\":null,\"usage\":{\"input_tokens\":4,\"output_tokens\":2}}}\n\n";
+        let observer = read(Api::Responses, Form::Stream, &[text.as_bytes()]);
+        assert_eq!(verdict(&observer), Ok("completed".to_owned()));
+        assert_eq!((observer.input_tokens, observer.output_tokens), (4, 2));
+    }
+
+    #[test]
+    fn whole_answers() {
+        let text =
+            br#"{"choices":[{"finish_reason":"stop","message":{}}],"usage":{"prompt_tokens":1,"completion_tokens":2}}"#;
+        let observer = read(Api::Chat, Form::Whole, &[&text[..9], &text[9..]]);
+        assert_eq!(verdict(&observer), Ok("stop".to_owned()));
+        assert_eq!((observer.input_tokens, observer.output_tokens), (1, 2));
+        assert_eq!(verdict(&read(Api::Chat, Form::Whole, &[b"nope"])), Err("model_bad_response"));
+        let text = br#"{"type":"message","stop_reason":"tool_use","usage":{"input_tokens":1,"output_tokens":2}}"#;
+        assert_eq!(verdict(&read(Api::Messages, Form::Whole, &[text])), Ok("tool_use".to_owned()));
+    }
+}
