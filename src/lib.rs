@@ -1,3 +1,4 @@
+pub mod api;
 pub mod config;
 pub mod model;
 pub mod tasks;
