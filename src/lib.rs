@@ -1,7 +1,10 @@
 pub mod cli;
+pub mod api;
+pub mod config;
 pub mod model;
 pub mod sandbox;
 pub mod broker;
 pub mod model;
 pub mod scripted;
 pub mod tasks;
+pub mod telemetry;

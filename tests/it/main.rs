@@ -3,3 +3,4 @@
 mod sandbox;
 mod tap;
 mod broker;
+mod edge;

@@ -1,0 +1,19 @@
+//! The HTTP edge: the only part that knows status codes.
+//!
+//! [`server`] takes connections, [`layers`] wraps every request, [`auth`] lets in, [`extract`] reads what came,
+//! [`problem`] says what is wrong, [`openapi`] joins routes and document. Handlers turn requests into calls of the
+//! services and results into answers; they hold no logic of the domain, no SQL and no processes.
+
+pub mod auth;
+mod docs;
+pub mod extract;
+pub mod layers;
+pub mod openapi;
+pub mod probes;
+pub mod problem;
+mod reason;
+pub mod server;
+mod stall;
+
+pub use extract::{ApiJson, ApiPath, ApiQuery, ApiResult, OptionalApiJson};
+pub use problem::{Code, Problem};

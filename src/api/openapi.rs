@@ -1,0 +1,150 @@
+//! Routes and document from one place: who adds a route, documents it.
+
+use crate::api::auth::{self, Auth};
+use crate::api::layers::{self, Around, EdgeLimits};
+use crate::api::probes::{Probes, Served};
+use crate::api::problem::ProblemDocument;
+use crate::api::{docs, probes};
+use axum::{Extension, Router, middleware};
+use utoipa::openapi::path::{Operation, PathItem};
+use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
+use utoipa::openapi::{
+    Components, ContentBuilder, InfoBuilder, OpenApi, OpenApiBuilder, Ref, RefOr, ResponseBuilder, SecurityRequirement,
+    ServerBuilder,
+};
+use utoipa::{PartialSchema, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+
+/// The name of the security scheme.
+const BEARER: &str = "bearer";
+/// The name of the error response that each operation refers to.
+const PROBLEM: &str = "Problem";
+
+/// All routes beside the probes, by what the edge does for them. States are filled in.
+#[derive(Default)]
+#[expect(missing_debug_implementations, reason = "a router has none")]
+pub struct Routes {
+    /// Ordinary routes: a credential is required, and the answer must begin in time.
+    pub protected: OpenApiRouter,
+    /// Streams: no time limit, and **they judge the credential themselves** (`Auth::presented`), since a WebSocket
+    /// may send it as its first frame. The document says that they need one.
+    pub streams: OpenApiRouter,
+}
+
+/// What the edge itself needs.
+#[derive(Clone, Debug)]
+pub struct Edge {
+    pub auth: Auth,
+    pub probes: Probes,
+    pub limits: EdgeLimits,
+}
+
+/// The document's frame: what it says without any route.
+fn frame() -> OpenApi {
+    let info = InfoBuilder::new()
+        .title("opencode-sidecar")
+        .version(env!("CARGO_PKG_VERSION"))
+        .description(Some("Runs coding tasks in real OpenCode processes, streams what happens, and keeps the history."))
+        .build();
+    let server = ServerBuilder::new().url("/").description(Some("The sidecar in the project's pod, port 3003")).build();
+    let mut http = Http::new(HttpAuthScheme::Bearer);
+    http.description = Some(
+        "`OPENCODE_SHARED_SECRET`. A browser's WebSocket offers the subprotocols `opencode.stream.v1` and \
+         `bearer.<base64url of the token>`, or sends `{\"type\":\"auth\",\"token\"}` first."
+            .to_owned(),
+    );
+    let mut components = Components::new();
+    components.add_security_scheme(BEARER, SecurityScheme::Http(http));
+    let mut schemas = vec![(ProblemDocument::name().into_owned(), ProblemDocument::schema())];
+    ProblemDocument::schemas(&mut schemas);
+    components.schemas.extend(schemas);
+    let problem = Ref::from_schema_name(ProblemDocument::name());
+    let response = ResponseBuilder::new()
+        .description("An error (RFC 9457)")
+        .content("application/problem+json", ContentBuilder::new().schema(Some(problem)).build())
+        .build();
+    components.responses.insert(PROBLEM.to_owned(), RefOr::T(response));
+    OpenApiBuilder::new().info(info).servers(Some([server])).components(Some(components)).build()
+}
+
+fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
+    let PathItem { get, put, post, delete, options, head, patch, trace, .. } = item;
+    [get, put, post, delete, options, head, patch, trace].into_iter().flatten()
+}
+
+/// Adds to each operation what holds for all of a group.
+fn complete(mut document: OpenApi, secured: bool) -> OpenApi {
+    let problem = || RefOr::Ref(Ref::from_response_name(PROBLEM));
+    for operation in document.paths.paths.values_mut().flat_map(operations) {
+        let responses = &mut operation.responses.responses;
+        responses.entry("default".to_owned()).or_insert_with(problem);
+        if secured {
+            responses.entry("401".to_owned()).or_insert_with(problem);
+            operation.security = Some(vec![SecurityRequirement::new::<_, [&str; 0], _>(BEARER, [])]);
+        } else {
+            // An empty list: none, also where a default is set one day.
+            operation.security = Some(Vec::new());
+        }
+    }
+    document
+}
+
+/// Joins all routes into the sidecar's router, and all their documents into the one that it serves.
+///
+/// Every route is wrapped: request id, log line, metrics, panics, headers. Unknown paths are a 404, wrong methods a
+/// 405, both as problem documents.
+pub fn assemble(edge: &Edge, routes: Routes) -> (Router, OpenApi) {
+    let (open, open_document) = probes::routes(edge.probes.clone()).split_for_parts();
+    let (protected, protected_document) = routes.protected.split_for_parts();
+    let (streams, streams_document) = routes.streams.split_for_parts();
+
+    let mut document = frame();
+    document.merge(complete(open_document, false));
+    document.merge(complete(protected_document, true));
+    document.merge(complete(streams_document, true));
+
+    let json = document.to_json().unwrap_or_default();
+    let served = Served { page: docs::page(&document).into(), json: json.into() };
+    let time_limit = middleware::from_fn_with_state(edge.limits.request, layers::time_limit);
+    let around = Around { limits: edge.limits, metrics: edge.probes.metrics.clone() };
+
+    // The wrong method on a protected route is refused like the right one, so its 405 comes beneath the layer.
+    let open = open
+        .method_not_allowed_fallback(layers::method_not_allowed)
+        .layer(Extension(served))
+        .route_layer(time_limit.clone());
+    let protected = layered(protected.method_not_allowed_fallback(layers::method_not_allowed), |router| {
+        router.route_layer(middleware::from_fn_with_state(edge.auth.clone(), auth::require)).route_layer(time_limit)
+    });
+    let streams = streams.method_not_allowed_fallback(layers::method_not_allowed);
+    let router = open
+        .merge(protected)
+        .merge(streams)
+        .fallback(layers::not_found)
+        .layer(middleware::from_fn_with_state(around, layers::around));
+    (router, document)
+}
+
+/// `route_layer` refuses a router without routes.
+fn layered(router: Router, layer: impl FnOnce(Router) -> Router) -> Router {
+    if router.has_routes() { layer(router) } else { router }
+}
+
+/// Every operation of a document: method and path, as `GET /tasks`.
+pub fn operations_of(document: &OpenApi) -> Vec<String> {
+    let mut list = Vec::new();
+    for (path, item) in &document.paths.paths {
+        let methods = [
+            ("GET", &item.get),
+            ("PUT", &item.put),
+            ("POST", &item.post),
+            ("DELETE", &item.delete),
+            ("PATCH", &item.patch),
+            ("HEAD", &item.head),
+            ("OPTIONS", &item.options),
+            ("TRACE", &item.trace),
+        ];
+        list.extend(methods.iter().filter(|(_, o)| o.is_some()).map(|(method, _)| format!("{method} {path}")));
+    }
+    list
+}

@@ -1,0 +1,252 @@
+//! The configuration: every environment variable, read once through an injected source.
+//!
+//! All bad variables are reported at once, by name and with what is expected, never with their values. A variable of
+//! the contract that this version cannot honour stops the start: silence would look like protection.
+
+mod read;
+mod reference;
+
+pub use reference::{Variable, reference};
+
+use crate::model::task::{Limits, Provider};
+use crate::telemetry::LogFormat;
+use read::Reader;
+use secrecy::SecretString;
+use std::ffi::OsString;
+use std::fmt;
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::time::Duration;
+use url::Url;
+
+/// How strictly sessions are confined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SandboxMode {
+    /// A protection that cannot be had stops the session.
+    Required,
+    /// What can be had is on; `/ready` says what is missing.
+    BestEffort,
+    /// No protection.
+    Off,
+}
+
+/// The pod's default model.
+#[derive(Clone, Debug)]
+pub struct DefaultModel {
+    pub provider: Provider,
+    pub model: String,
+    pub api_key: SecretString,
+    /// Base URL, up to and with the version.
+    pub endpoint: Url,
+}
+
+/// Everything that the environment says, checked.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub host: IpAddr,
+    /// 0 for any free one.
+    pub port: u16,
+    /// Absolute.
+    pub workspace_dir: PathBuf,
+    /// Absolute.
+    pub state_dir: PathBuf,
+    /// `None`: the embedded Postgres.
+    pub database_url: Option<SecretString>,
+    pub database_schema: String,
+    pub project_id: String,
+    /// A level or filter directives.
+    pub log_level: String,
+    pub log_format: LogFormat,
+    pub max_concurrent_tasks: usize,
+    pub max_queued_tasks: usize,
+    pub task_timeout: Duration,
+    pub stall_timeout: Duration,
+    pub start_timeout: Duration,
+    pub first_event_timeout: Duration,
+    pub shutdown_grace: Duration,
+    /// In characters.
+    pub max_prompt_length: usize,
+    /// In bytes.
+    pub max_task_file_size: u64,
+    pub warm_pool_size: usize,
+    pub session_port_range: RangeInclusive<u16>,
+    pub sandbox: SandboxMode,
+    pub opencode_command: Option<PathBuf>,
+    pub default_model: Option<DefaultModel>,
+    pub shared_secret: Option<SecretString>,
+    /// `AUTH=off`.
+    pub auth_off: bool,
+    pub model_header_timeout: Duration,
+    pub model_idle_timeout: Duration,
+    pub model_max_failures: u32,
+    /// Ceilings of each execution.
+    pub limits: Limits,
+}
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    /// The variable, or the variables that do not fit together.
+    pub variables: Vec<&'static str>,
+    /// What is expected. Never the value.
+    pub problem: String,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.variables.join(", "), self.problem)
+    }
+}
+
+/// Everything that is wrong, in the order of [`reference`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigErrors(pub Vec<ConfigError>);
+
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the environment is not valid")?;
+        self.0.iter().try_for_each(|error| write!(f, "\n  {error}"))
+    }
+}
+
+impl std::error::Error for ConfigErrors {}
+
+impl Config {
+    /// Reads the process's environment.
+    ///
+    /// # Errors
+    /// All variables that are wrong.
+    pub fn from_env() -> Result<Self, ConfigErrors> {
+        Self::from_source(&|name| std::env::var_os(name))
+    }
+
+    /// Reads variables from `source`, which gives `None` for one that is not set. An empty one counts as not set.
+    ///
+    /// # Errors
+    /// All variables that are wrong.
+    pub fn from_source(source: &dyn Fn(&str) -> Option<OsString>) -> Result<Self, ConfigErrors> {
+        let mut r = Reader::new(source);
+        let config = Self {
+            port: r.number("PORT", 0, u16::MAX),
+            host: r.parsed("HOST", IpAddr::from([0, 0, 0, 0]), "an IP address, such as 0.0.0.0"),
+            workspace_dir: r.directory("WORKSPACE_DIR"),
+            state_dir: r.directory("STATE_DIR"),
+            database_url: r.database_url("DATABASE_URL"),
+            database_schema: r.matching("DATABASE_SCHEMA", "a name of [a-z_][a-z0-9_]{0,62}", is_schema),
+            project_id: r.matching("PROJECT_ID", "1 to 128 visible ASCII characters", |id| {
+                id.len() <= 128 && is_visible_ascii(id)
+            }),
+            log_level: r.matching("LOG_LEVEL", "trace, debug, info, warn, error, off, or filter directives", |level| {
+                crate::telemetry::log_filter(level).is_ok()
+            }),
+            log_format: r.word("LOG_FORMAT", &[("json", LogFormat::Json), ("text", LogFormat::Text)]),
+            max_concurrent_tasks: r.either("MAX_CONCURRENT_TASKS", "MAX_CONCURRENT_SESSIONS", 1, 1_000),
+            max_queued_tasks: r.number("MAX_QUEUED_TASKS", 0, 1_000_000),
+            task_timeout: Duration::from_secs(r.either("TASK_TIMEOUT", "SESSION_TIMEOUT", 1, 30 * DAY)),
+            stall_timeout: r.seconds("STALL_TIMEOUT", DAY),
+            start_timeout: r.seconds("START_TIMEOUT", HOUR),
+            first_event_timeout: r.seconds("FIRST_EVENT_TIMEOUT", HOUR),
+            shutdown_grace: r.seconds("SHUTDOWN_GRACE_SECONDS", HOUR),
+            max_prompt_length: r.number("MAX_PROMPT_LENGTH", 1, 10_000_000),
+            max_task_file_size: r.bytes("MAX_TASK_FILE_SIZE", 1 << 30),
+            warm_pool_size: r.number("WARM_POOL_SIZE", 0, 1_000),
+            session_port_range: r.port_range("SESSION_PORT_RANGE"),
+            sandbox: r.word(
+                "SANDBOX",
+                &[
+                    ("required", SandboxMode::Required),
+                    ("best-effort", SandboxMode::BestEffort),
+                    ("off", SandboxMode::Off),
+                ],
+            ),
+            opencode_command: r.path("OPENCODE_COMMAND"),
+            default_model: default_model(&mut r),
+            shared_secret: r.secret("OPENCODE_SHARED_SECRET"),
+            auth_off: r.flag("AUTH", "off"),
+            model_header_timeout: r.seconds("MODEL_HEADER_TIMEOUT", HOUR),
+            model_idle_timeout: r.seconds("MODEL_IDLE_TIMEOUT", HOUR),
+            model_max_failures: r.number("MODEL_MAX_FAILURES", 1, 1_000),
+            limits: Limits {
+                model_calls: r.number("SESSION_MODEL_CALLS", 1, 1_000_000),
+                total_tokens: r.number("SESSION_TOTAL_TOKENS", 1, 1_000_000_000_000),
+                output_bytes: r.bytes("SESSION_OUTPUT_BYTES", 1 << 40),
+            },
+        };
+        check_ports(&config, &mut r);
+        for name in reference::not_yet() {
+            r.refuse_if_set(name, "is set, but this version does not support it yet");
+        }
+        r.finish(config)
+    }
+}
+
+const HOUR: u64 = 3600;
+const DAY: u64 = 24 * HOUR;
+
+/// The four variables belong together: all that the provider needs, or none.
+fn default_model(r: &mut Reader<'_>) -> Option<DefaultModel> {
+    let words = [Provider::Openai, Provider::Anthropic, Provider::Local, Provider::Custom].map(|p| (p.as_str(), p));
+    let provider = r.optional_word("OPENCODE_PROVIDER", &words);
+    let model = r.optional("OPENCODE_MODEL", "1 to 256 visible ASCII characters", |model| {
+        (model.len() <= 256 && is_visible_ascii(model)).then(|| model.to_owned())
+    });
+    let api_key = r.secret("OPENCODE_API_KEY");
+    let endpoint =
+        r.optional("OPENCODE_API_ENDPOINT", "an http or https URL without a user, query or fragment", endpoint);
+
+    let all = ["OPENCODE_PROVIDER", "OPENCODE_MODEL", "OPENCODE_API_KEY"];
+    let endpoint_name = "OPENCODE_API_ENDPOINT";
+    if !all.iter().any(|name| r.is_set(name)) && !r.is_set(endpoint_name) {
+        return None;
+    }
+    for name in all {
+        if !r.is_set(name) {
+            r.fail(
+                &[name],
+                "is missing: a default model needs all of OPENCODE_PROVIDER, OPENCODE_MODEL, OPENCODE_API_KEY",
+            );
+        }
+    }
+    let public = provider.and_then(Provider::default_endpoint).and_then(self::endpoint);
+    if provider.is_some() && public.is_none() && !r.is_set(endpoint_name) {
+        r.fail(&[endpoint_name], "is missing: the providers `local` and `custom` need it");
+    }
+    Some(DefaultModel { provider: provider?, model: model?, api_key: api_key?, endpoint: endpoint.or(public)? })
+}
+
+fn endpoint(text: &str) -> Option<Url> {
+    let url = Url::parse(text).ok()?;
+    let plain =
+        url.username().is_empty() && url.password().is_none() && url.query().is_none() && url.fragment().is_none();
+    (matches!(url.scheme(), "http" | "https") && url.has_host() && plain).then_some(url)
+}
+
+fn is_schema(name: &str) -> bool {
+    let mut bytes = name.bytes();
+    name.len() <= 63
+        && bytes.next().is_some_and(|b| b.is_ascii_lowercase() || b == b'_')
+        && bytes.all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+}
+
+fn is_visible_ascii(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic())
+}
+
+fn check_ports(config: &Config, r: &mut Reader<'_>) {
+    if !r.is_good(&["PORT", "SESSION_PORT_RANGE", "MAX_CONCURRENT_TASKS", "WARM_POOL_SIZE"]) {
+        return;
+    }
+    if config.session_port_range.contains(&config.port) {
+        r.fail(&["PORT", "SESSION_PORT_RANGE"], "the port must not be one of the sessions' own");
+    }
+    if config.session_port_range.len() < config.max_concurrent_tasks + config.warm_pool_size {
+        r.fail(
+            &["SESSION_PORT_RANGE", "MAX_CONCURRENT_TASKS", "WARM_POOL_SIZE"],
+            "the range must hold a port for each session",
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests;

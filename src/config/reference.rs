@@ -1,0 +1,112 @@
+//! The list of variables: what the README's table, `serve --help` and the defaults come from.
+
+/// One environment variable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Variable {
+    pub name: &'static str,
+    /// As it would be written in the environment; empty for none.
+    pub default: &'static str,
+    /// What it does, with its unit.
+    pub meaning: &'static str,
+}
+
+const fn var(name: &'static str, default: &'static str, meaning: &'static str) -> Variable {
+    Variable { name, default, meaning }
+}
+
+/// Every variable that this version honours, by topic.
+pub fn reference() -> &'static [Variable] {
+    REFERENCE
+}
+
+#[rustfmt::skip]
+pub(super) const REFERENCE: &[Variable] = &[
+    var("PORT", "3003", "Port to listen on; 0 for any free one"),
+    var("HOST", "0.0.0.0", "IP address to listen on"),
+    var("WORKSPACE_DIR", "/workspace", "The project's files: an absolute path"),
+    var("STATE_DIR", "/var/lib/opencode-sidecar", "What the sidecar keeps: an absolute path, best on a volume"),
+    var("DATABASE_URL", "", "Postgres 14 to 18; without it an embedded one in STATE_DIR, where a server is installed"),
+    var("DATABASE_SCHEMA", "opencode_sidecar", "Schema of the tables"),
+    var("PROJECT_ID", "default", "The pod's project; history is read within one only"),
+    var("LOG_LEVEL", "info", "A level, or filter directives such as info,opencode_sidecar::broker=debug"),
+    var("LOG_FORMAT", "json", "json or text, on stderr"),
+    var("OPENCODE_SHARED_SECRET", "", "The bearer token that callers send; without one only probes answer"),
+    var("AUTH", "", "off: without a secret, callers on this machine are let in"),
+    var("MAX_CONCURRENT_TASKS", "5", "Executions that run at once"),
+    var("MAX_CONCURRENT_SESSIONS", "", "Another name of MAX_CONCURRENT_TASKS"),
+    var("MAX_QUEUED_TASKS", "100", "Executions that may wait; more are refused with 429"),
+    var("TASK_TIMEOUT", "3600", "Longest run of an execution, in seconds"),
+    var("SESSION_TIMEOUT", "", "Another name of TASK_TIMEOUT"),
+    var("STALL_TIMEOUT", "300", "Time without any event after which a run counts as stalled, in seconds"),
+    var("START_TIMEOUT", "60", "Time for OpenCode to start, in seconds"),
+    var("FIRST_EVENT_TIMEOUT", "60", "Time from the prompt to OpenCode's first event, in seconds"),
+    var("SHUTDOWN_GRACE_SECONDS", "25", "Time from SIGTERM to the exit, in seconds"),
+    var("MAX_PROMPT_LENGTH", "50000", "Characters of prompt and code together"),
+    var("MAX_TASK_FILE_SIZE", "1000000", "Bytes of a file that may be read through the API"),
+    var("WARM_POOL_SIZE", "0", "Sessions that are kept started for the next execution"),
+    var("SESSION_PORT_RANGE", "20000-20999", "Ports on loopback for sessions"),
+    var("SANDBOX", "required", "required, best-effort or off"),
+    var("OPENCODE_COMMAND", "", "The OpenCode binary; without it the pinned one, else the one on PATH"),
+    var("OPENCODE_PROVIDER", "", "Default model: openai, anthropic, local or custom"),
+    var("OPENCODE_MODEL", "", "Default model: its name at the provider"),
+    var("OPENCODE_API_KEY", "", "Default model: the provider's key; it never reaches a session"),
+    var("OPENCODE_API_ENDPOINT", "", "Default model: base URL with the version; needed for local and custom"),
+    var("MODEL_HEADER_TIMEOUT", "60", "Time for a provider to begin its answer, in seconds"),
+    var("MODEL_IDLE_TIMEOUT", "120", "Time that a provider may be silent within an answer, in seconds"),
+    var("MODEL_MAX_FAILURES", "5", "Failed calls of a model in a row that end a run"),
+    var("SESSION_MODEL_CALLS", "200", "Most calls of a model in an execution"),
+    var("SESSION_TOTAL_TOKENS", "5000000", "Most tokens, in and out, of an execution"),
+    var("SESSION_OUTPUT_BYTES", "64 MiB", "Most bytes of shell output of an execution"),
+];
+
+/// Variables of the contract that this version cannot honour.
+const NOT_YET: &[&str] = &[
+    "JWT_SECRET",
+    "JWT_PUBLIC_KEY",
+    "JWT_JWKS_FILE",
+    "ENCRYPTION_KEY",
+    "ENCRYPTION_KEY_PREVIOUS",
+    "EGRESS_ALLOW",
+    "MODEL_ENDPOINT_ALLOW",
+    "SANDBOX_REQUIRE",
+    "SESSION_UID_RANGE",
+    "SESSION_MEMORY_BYTES",
+    "SESSION_PIDS",
+    "SESSION_CPU_MILLIS",
+    "SESSION_DISK_BYTES",
+    "SESSION_IDLE_TIMEOUT",
+    "SESSIONS_STREAM_UNAUTHENTICATED",
+    "BACKEND_API_URL",
+    "RETENTION_DAYS",
+    "JOURNAL_MAX_BYTES",
+    "OPENCODE_PLUGIN_DIR",
+    "METRICS_AUTH",
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_LOGS_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_HEADERS",
+    "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
+    "OTEL_EXPORTER_OTLP_METRICS_HEADERS",
+    "OTEL_EXPORTER_OTLP_LOGS_HEADERS",
+    "OTEL_EXPORTER_OTLP_PROTOCOL",
+    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL",
+    "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL",
+    "OTEL_EXPORTER_OTLP_LOGS_PROTOCOL",
+    "OTEL_EXPORTER_OTLP_TIMEOUT",
+    "OTEL_EXPORTER_OTLP_COMPRESSION",
+    "OTEL_EXPORTER_OTLP_CERTIFICATE",
+    "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE",
+    "OTEL_EXPORTER_OTLP_CLIENT_KEY",
+    "OTEL_EXPORTER_OTLP_INSECURE",
+];
+
+/// The names that stop the start when they are set.
+pub(super) fn not_yet() -> impl Iterator<Item = &'static str> {
+    NOT_YET.iter().copied()
+}
+
+/// The default as it would be written; `None` where there is none.
+pub(super) fn default_of(name: &str) -> Option<&'static str> {
+    REFERENCE.iter().find(|v| v.name == name).map(|v| v.default).filter(|default| !default.is_empty())
+}
