@@ -207,11 +207,11 @@ async fn a_background_child_does_not_hold_the_command_and_is_still_heard() {
 #[tokio::test]
 async fn a_background_child_with_its_own_output_needs_no_drain() {
     let receiver = Receiver::new().await;
-    let script = "(while [ ! -e gate ]; do sleep 0.01; done; touch seen) >log 2>&1 & echo now";
-    let output = receiver.bash(script).output().await.unwrap();
+    // A named pipe is the gate: writing to it waits for the child, so that none is left behind.
+    let output = receiver.bash("mkfifo gate; (read line <gate) >log 2>&1 & echo now").output().await.unwrap();
     assert_eq!(output.stdout, b"now\n");
     receiver.only();
-    std::fs::write(receiver.directory.path().join("gate"), "").unwrap();
+    tokio::fs::write(receiver.directory.path().join("gate"), "go\n").await.unwrap();
 }
 
 #[tokio::test]
