@@ -5,7 +5,9 @@
 //! services and results into answers; they hold no logic of the domain, no SQL and no processes.
 
 pub mod auth;
+mod cursor;
 mod docs;
+mod documents;
 pub mod extract;
 pub mod layers;
 pub mod openapi;
@@ -14,6 +16,8 @@ pub mod problem;
 mod reason;
 pub mod server;
 mod stall;
+pub mod stream;
+pub mod tasks;
 
 pub use extract::{ApiJson, ApiPath, ApiQuery, ApiResult, OptionalApiJson};
 pub use problem::{Code, Problem};

@@ -164,7 +164,7 @@ impl Writer {
         let now = Utc::now();
         let mut writes = Vec::with_capacity(events.len() + 1);
         for event in events {
-            self.shared.metrics.event_appended(event.kind);
+            self.shared.metrics.event(event.kind);
             writes.push(Write::Event { execution: self.live.id, event: event.seal(*next, now) });
             *next += 1;
         }

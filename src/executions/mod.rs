@@ -250,7 +250,8 @@ impl Executions {
                 service.start_next();
             });
         }
-        self.shared.metrics.set_load(admission.running(), admission.queued());
+        self.shared.metrics.set_running(admission.running());
+        self.shared.metrics.set_queued(admission.queued());
     }
 
     /// How an execution stands; `None` where this project has none with the id.

@@ -151,9 +151,9 @@ impl Owner {
             Err(rejected) => tracing::error!(execution = %self.id, %rejected, "an execution could not be ended"),
         }
         let work = self.lock();
-        let duration = work.state.running_time(Utc::now()).to_std().unwrap_or_default();
+        let ran = work.state.started_at.map(|_| work.state.running_time(Utc::now()).to_std().unwrap_or_default());
         let reason = work.state.reason.unwrap_or(Reason::Internal);
-        shared.metrics.execution_ended(work.state.status, reason, duration);
+        shared.metrics.execution_ended(reason, ran);
         tracing::info!(execution = %self.id, status = work.state.status.as_str(), reason = reason.as_str(), "execution ended");
         ended.nothing_left
     }

@@ -19,6 +19,7 @@ use crate::broker::Broker;
 use crate::opencode::launch::Ports;
 use crate::sandbox::Sandbox;
 use crate::tasks::Tasks;
+use crate::telemetry::Metrics;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -60,6 +61,7 @@ struct Shared {
     broker: Broker,
     ports: Ports,
     tasks: Tasks,
+    metrics: Metrics,
     pool: pool::Pool,
 }
 
@@ -72,6 +74,7 @@ impl Sessions {
         broker: Broker,
         ports: Ports,
         tasks: Tasks,
+        metrics: Metrics,
         warm_for: Option<Wanted>,
     ) -> Self {
         if let Err(error) = std::fs::remove_dir_all(&settings.directory)
@@ -80,7 +83,7 @@ impl Sessions {
             tracing::warn!(%error, "directories of earlier sessions could not be removed");
         }
         let pool = pool::Pool::new(settings.warm);
-        let sessions = Self { shared: Arc::new(Shared { settings, sandbox, broker, ports, tasks, pool }) };
+        let sessions = Self { shared: Arc::new(Shared { settings, sandbox, broker, ports, tasks, metrics, pool }) };
         if let Some(wanted) = warm_for
             && sessions.shared.settings.warm > 0
             && sessions.shared.settings.refused.is_none()

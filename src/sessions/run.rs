@@ -200,6 +200,7 @@ impl<'a> State<'a> {
         let mut facts = self.session.lease.facts();
         let mut calls = self.session.lease.take_shell_calls();
         let mut output = self.shells.output();
+        let mut reports = self.session.lease.take_reports();
         let process = self.session.server.process.handle();
         let mut under_way = FuturesUnordered::new();
         let mut tick = tokio::time::interval(TICK);
@@ -222,6 +223,10 @@ impl<'a> State<'a> {
                     None
                 }
                 Some(()) = under_way.next() => None,
+                Some(report) = reports.recv() => {
+                    self.session.shared.metrics.model_call(outcome_of(&report));
+                    None
+                }
                 Ok(()) = output.changed() => self.too_much_output(output.borrow_and_update().bytes).map(Err),
                 event = self.stream.next() => match event {
                     Ok(Some(event)) => self.event(&event).await,
@@ -234,7 +239,6 @@ impl<'a> State<'a> {
                 break Some(result);
             }
         };
-        self.session.lease.return_shell_calls(calls);
         result
     }
 

@@ -7,8 +7,7 @@
 use crate::broker::ShellCall;
 use crate::events::Writer;
 use crate::model::event::{EventType, NewEvent, Severity};
-use crate::sandbox::frames::{Decoder, Frame};
-use serde::Deserialize;
+use crate::sandbox::frames::{Decoder, Frame, Start};
 use serde_json::json;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,20 +36,12 @@ pub(super) struct Shells {
 struct Inner {
     calls: watch::Sender<Calls>,
     output: watch::Sender<Output>,
-    by_pid: Mutex<HashMap<i64, Option<String>>>,
+    by_pid: Mutex<HashMap<u32, Option<String>>>,
 }
 
 /// Calls that were announced and have no shell yet, oldest first.
 #[derive(Debug, Default)]
 struct Calls(Vec<(String, String)>);
-
-#[derive(Deserialize)]
-struct Start {
-    command: String,
-    pid: i64,
-    #[serde(default)]
-    background: bool,
-}
 
 impl Shells {
     pub(super) fn new() -> Self {
@@ -87,25 +78,30 @@ impl Shells {
         let mut started = false;
         let mut streams = [Text::default(), Text::default()];
         while let Some(chunk) = call.frames.recv().await {
-            let mut frames = Vec::new();
-            if decoder.push(&chunk, &mut frames).is_err() {
-                // Not the tap that we started. Its connection is dropped with the call.
-                writer
-                    .append(NewEvent::log(Severity::Warn, "shell_output_refused", "A shell tap sent something unreadable."))
-                    .await;
-                return;
-            }
-            for frame in frames {
+            decoder.push(&chunk);
+            loop {
+                let frame = match decoder.next_frame() {
+                    Ok(Some(frame)) => frame,
+                    Ok(None) => break,
+                    Err(error) => {
+                        // Not the tap that we started. Its connection is dropped with the call.
+                        let refused = format!("A shell tap sent something unreadable: {error}.");
+                        writer.append(NewEvent::log(Severity::Warn, "shell_output_refused", &refused)).await;
+                        return;
+                    }
+                };
                 match frame {
-                    Frame::Start(json) if !started => {
+                    Frame::Start(start) if !started => {
                         started = true;
-                        call_id = self.claim(&json).await;
+                        call_id = self.claim(&start).await;
                     }
                     Frame::Stdout(bytes) => {
-                        self.append(&writer, EventType::Stdout, streams[0].push(&bytes), bytes.len(), call_id.as_deref()).await;
+                        let text = streams[0].push(&bytes);
+                        self.append(&writer, EventType::Stdout, text, bytes.len(), call_id.as_deref()).await;
                     }
                     Frame::Stderr(bytes) => {
-                        self.append(&writer, EventType::Stderr, streams[1].push(&bytes), bytes.len(), call_id.as_deref()).await;
+                        let text = streams[1].push(&bytes);
+                        self.append(&writer, EventType::Stderr, text, bytes.len(), call_id.as_deref()).await;
                     }
                     Frame::Start(_) | Frame::Exit(_) => {}
                 }
@@ -128,20 +124,19 @@ impl Shells {
         });
     }
 
-    async fn claim(&self, json: &[u8]) -> Option<String> {
-        let start: Start = serde_json::from_slice(json).ok()?;
+    async fn claim(&self, start: &Start) -> Option<String> {
         let pids = || self.inner.by_pid.lock().unwrap_or_else(PoisonError::into_inner);
         // What a command leaves running in the background belongs to the same call.
         if start.background {
             return pids().get(&start.pid).cloned().flatten();
         }
         let mut calls = self.inner.calls.subscribe();
-        let announced = calls.wait_for(|calls| calls.0.iter().any(|(_, command)| *command == start.command));
+        let announced = calls.wait_for(|calls| calls.0.iter().any(|(_, command)| is_of(start, command)));
         let found = matches!(tokio::time::timeout(CLAIM_WAIT, announced).await, Ok(Ok(_)));
         let mut claimed = None;
         if found {
             self.inner.calls.send_modify(|calls| {
-                if let Some(at) = calls.0.iter().position(|(_, command)| *command == start.command) {
+                if let Some(at) = calls.0.iter().position(|(_, command)| is_of(start, command)) {
                     claimed = Some(calls.0.remove(at).0);
                 }
             });
@@ -149,6 +144,11 @@ impl Shells {
         pids().insert(start.pid, claimed.clone());
         claimed
     }
+}
+
+/// A very long command line comes cut.
+fn is_of(start: &Start, command: &str) -> bool {
+    if start.truncated { command.starts_with(&start.command) } else { command == start.command }
 }
 
 /// Bytes into text: a character that is cut by the end of a piece waits for the next one; what is no UTF-8 becomes

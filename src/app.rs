@@ -1,0 +1,464 @@
+//! The wiring: every part built once, in order, handed to the next; and taken down in the other order.
+//!
+//! [`App::build`] does everything that can fail; [`App::run`] serves on a listener until it is told to stop. No logic
+//! of the domain is here.
+
+use crate::api::auth::Auth;
+use crate::api::openapi::{Edge, Routes, assemble};
+use crate::api::probes::{Checks, Probes, Readiness};
+use crate::api::stream::StreamApi;
+use crate::api::tasks::TasksApi;
+use crate::broker::{Broker, BrokerConfig, BrokerError};
+use crate::config::{Config, SandboxMode};
+use crate::events::Events;
+use crate::executions::{Ceilings, Executions};
+use crate::model::SessionId;
+use crate::model::task::ModelChoice;
+use crate::opencode::launch::{Ports, find_command};
+use crate::opencode::profile::Profile;
+use crate::sandbox::{Sandbox, Spec};
+use crate::secrets::random_token;
+use crate::sessions::{Sessions, Wanted};
+use crate::store::{DatabaseOptions, Embedded, EmbeddedError, Store, StoreError};
+use crate::tasks::Tasks;
+use crate::telemetry::Metrics;
+use crate::workspace::{Workspace, WorkspaceError};
+use crate::{executions, sessions};
+use secrecy::SecretString;
+use std::fs::File;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+/// The OpenCode that this version was tested with.
+pub const OPENCODE_VERSION: &str = "1.18.33";
+/// Connections to the database.
+const CONNECTIONS: u32 = 10;
+/// How long the database may be away at the start.
+const DATABASE_WAIT: Duration = Duration::from_secs(60);
+/// How long the streams and connections may take to end.
+const DRAIN: Duration = Duration::from_secs(3);
+
+/// Why the sidecar did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("the state directory {} (STATE_DIR) cannot be used", .path.display())]
+    State { path: PathBuf, #[source] source: std::io::Error },
+    #[error("another sidecar uses the state directory {} (STATE_DIR)", .0.display())]
+    Locked(PathBuf),
+    #[error("the file {} does not hold the id of an instance; it is not ours to change", .0.display())]
+    Instance(PathBuf),
+    #[error("the workspace (WORKSPACE_DIR) cannot be used")]
+    Workspace(#[from] WorkspaceError),
+    #[error("processes cannot be supervised here")]
+    Sandbox(#[source] std::io::Error),
+    #[error("{0}")]
+    OpenCode(String),
+    #[error("the embedded Postgres did not start (DATABASE_URL names another one)")]
+    Embedded(#[from] EmbeddedError),
+    #[error("the database (DATABASE_URL) cannot be used")]
+    Database(#[from] StoreError),
+    #[error("the model broker did not start")]
+    Broker(#[from] BrokerError),
+    #[error("the metrics are not well-formed")]
+    Metrics(#[from] prometheus::Error),
+}
+
+/// What `run` could not do in the time that it had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("abandoned at shutdown: {executions} executions, {writes} events not written, {processes} processes, {connections} connections, {tasks} tasks")]
+pub struct Abandoned {
+    pub executions: usize,
+    pub writes: usize,
+    pub processes: usize,
+    pub connections: usize,
+    pub tasks: usize,
+}
+
+/// The database, and what has to be stopped with it.
+#[derive(Debug)]
+pub struct Database {
+    pub store: Store,
+    embedded: Option<Embedded>,
+}
+
+impl Database {
+    /// Connects, starting the embedded server where there is no `DATABASE_URL`, and migrates.
+    ///
+    /// # Errors
+    /// Where there is none, or it stays away.
+    pub async fn open(config: &Config, sandbox: &Sandbox, tasks: &Tasks) -> Result<Self, StartError> {
+        let embedded = match &config.database_url {
+            Some(_) => None,
+            None => Some(Embedded::start(sandbox, tasks, &config.state_dir).await?),
+        };
+        let url = match (&config.database_url, &embedded) {
+            (Some(url), _) => url.clone(),
+            (None, Some(embedded)) => embedded.url(),
+            (None, None) => SecretString::default(),
+        };
+        let options =
+            DatabaseOptions { url, schema: config.database_schema.clone(), max_connections: CONNECTIONS };
+        let deadline = Instant::now() + DATABASE_WAIT;
+        let store = loop {
+            let tried = async {
+                let store = Store::connect(&options).await?;
+                store.migrate().await?;
+                Ok(store)
+            };
+            match tried.await {
+                Ok(store) => break store,
+                Err(error) => {
+                    let error: StoreError = error;
+                    if !error.is_transient() || Instant::now() >= deadline {
+                        return Err(error.into());
+                    }
+                    tracing::warn!(error = &error as &dyn std::error::Error, "the database is not there yet; trying again");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            }
+        };
+        Ok(Self { store, embedded })
+    }
+
+    /// Closes the connections and stops the embedded server.
+    pub async fn close(self) {
+        self.store.close().await;
+        if let Some(embedded) = self.embedded
+            && let Err(error) = embedded.stop().await
+        {
+            tracing::error!(error = &error as &dyn std::error::Error, "the embedded Postgres did not stop");
+        }
+    }
+}
+
+/// A state directory that is this process's alone, for as long as this lives.
+#[derive(Debug)]
+pub struct StateDir {
+    /// Names this instance in the database.
+    pub instance: Uuid,
+    _lock: File,
+}
+
+impl StateDir {
+    /// Makes and locks it.
+    ///
+    /// # Errors
+    /// Where it cannot be used, or another process has it.
+    pub fn open(path: &Path) -> Result<Self, StartError> {
+        use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+        let failed = |source| StartError::State { path: path.to_path_buf(), source };
+        // Others may pass through, but not look: the embedded Postgres may run as another user.
+        std::fs::DirBuilder::new().recursive(true).mode(0o711).create(path).map_err(failed)?;
+        let open = |name: &str| {
+            File::options().create(true).read(true).write(true).truncate(false).mode(0o600).open(path.join(name))
+        };
+        let lock = open("lock").map_err(failed)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(std::fs::TryLockError::WouldBlock) => return Err(StartError::Locked(path.to_path_buf())),
+            Err(std::fs::TryLockError::Error(source)) => return Err(failed(source)),
+        }
+        let file = path.join("instance");
+        let instance = match std::fs::read_to_string(&file) {
+            Ok(text) => text.trim().parse().map_err(|_| StartError::Instance(file))?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                let instance = Uuid::now_v7();
+                // Whole or not at all: a half-written id would be another instance's.
+                let new = path.join("instance.new");
+                std::fs::write(&new, instance.to_string()).map_err(failed)?;
+                std::fs::rename(new, file).map_err(failed)?;
+                instance
+            }
+            Err(error) => return Err(failed(error)),
+        };
+        Ok(Self { instance, _lock: lock })
+    }
+}
+
+/// The sidecar, ready to serve.
+#[derive(Debug)]
+pub struct App {
+    config: Config,
+    tasks: Tasks,
+    sandbox: Sandbox,
+    database: Database,
+    executions: Executions,
+    sessions: Sessions,
+    router: axum::Router,
+    streams: CancellationToken,
+    /// Released last.
+    state: StateDir,
+}
+
+/// The protections that sessions have in this version, and why none may start where more are required.
+fn protections(mode: SandboxMode) -> (Vec<String>, Option<String>) {
+    let refused = match mode {
+        SandboxMode::Required => Some(
+            "SANDBOX=required, but this version has no sandbox yet. SANDBOX=off runs the agent unconfined.".to_owned(),
+        ),
+        SandboxMode::BestEffort | SandboxMode::Off => None,
+    };
+    // What the jail gives without confining anything: whatever a session starts ends with it.
+    (vec!["subreaper".to_owned()], refused)
+}
+
+impl App {
+    /// Builds everything. `executable` is this program's own file: the jail and the shell tap are it.
+    ///
+    /// # Errors
+    /// [`StartError`], with its causes.
+    pub async fn build(config: Config, executable: PathBuf) -> Result<Self, StartError> {
+        let tasks = Tasks::new();
+        let metrics = Metrics::new()?;
+        let state = StateDir::open(&config.state_dir)?;
+        let sandbox = Sandbox::new(executable.clone(), tasks.clone()).map_err(StartError::Sandbox)?;
+        let workspace = Workspace::open(&config.workspace_dir)?;
+        let here = std::env::current_dir().unwrap_or_default();
+        let command = find_command(config.opencode_command.as_deref(), std::env::var_os("PATH"), &here)
+            .map_err(StartError::OpenCode)?;
+        let database = Database::open(&config, &sandbox, &tasks).await?;
+        let broker = Broker::start(
+            &tasks,
+            BrokerConfig {
+                header_timeout: config.model_header_timeout,
+                idle_timeout: config.model_idle_timeout,
+                max_failures: config.model_max_failures,
+                ..BrokerConfig::default()
+            },
+        )
+        .await?;
+        let events = Events::start(database.store.clone(), config.project_id.clone(), metrics.clone(), &tasks);
+        let (protections, refused) = protections(config.sandbox);
+        if config.sandbox != SandboxMode::Required {
+            tracing::warn!("no sandbox: the agent can reach whatever this process can (SANDBOX)");
+        }
+        let default_model = config.default_model.as_ref().map(|model| {
+            let choice = ModelChoice {
+                provider: model.provider,
+                model: model.model.clone(),
+                endpoint: model.endpoint.as_str().trim_end_matches('/').to_owned(),
+                temperature: None,
+                max_tokens: None,
+                enabled_tools: None,
+            };
+            (choice, model.api_key.clone())
+        });
+        let warm_for = default_model.clone().map(|(model, api_key)| Wanted {
+            id: SessionId::new(),
+            profile: Profile { model },
+            api_key,
+            workdir: workspace.root().to_path_buf(),
+            limits: config.limits,
+            start_within: config.start_timeout,
+            stop: tasks.shutdown_token().clone(),
+        });
+        let sessions = Sessions::start(
+            sessions::Settings {
+                command: command.clone(),
+                executable,
+                directory: config.state_dir.join("sessions"),
+                refused: refused.clone(),
+                start_timeout: config.start_timeout,
+                first_event_timeout: config.first_event_timeout,
+                stall_timeout: config.stall_timeout,
+                header_timeout: config.model_header_timeout,
+                idle_timeout: config.model_idle_timeout,
+                warm: config.warm_pool_size,
+            },
+            sandbox.clone(),
+            broker,
+            Ports::new(config.session_port_range.clone()),
+            tasks.clone(),
+            metrics.clone(),
+            warm_for,
+        );
+        let executions = Executions::new(
+            executions::Settings {
+                project: config.project_id.clone(),
+                owner: state.instance,
+                max_running: config.max_concurrent_tasks,
+                max_queued: config.max_queued_tasks,
+                ceilings: Ceilings {
+                    task_timeout_seconds: config.task_timeout.as_secs(),
+                    max_prompt_length: config.max_prompt_length,
+                    limits: config.limits,
+                    default_model,
+                },
+                protections,
+            },
+            database.store.clone(),
+            events,
+            sessions.clone(),
+            workspace.clone(),
+            tasks.clone(),
+            metrics.clone(),
+        );
+        executions.recover().await?;
+        let streams = CancellationToken::new();
+        let auth = Auth::new(config.shared_secret.clone(), config.auth_off);
+        let version = Arc::new(OnceLock::new());
+        tasks.spawn("opencode version", find_version(sandbox.clone(), command.clone(), Arc::clone(&version)));
+        let readiness = Ready {
+            mode: config.sandbox,
+            refused,
+            auth: auth.clone(),
+            embedded: database.embedded.is_some(),
+            store: database.store.clone(),
+            executions: executions.clone(),
+            workspace,
+            command,
+            version,
+            sessions: sessions.clone(),
+        };
+        let readiness = Readiness::new(move || {
+            let readiness = readiness.clone();
+            async move { readiness.checks().await }
+        });
+        let edge = Edge { auth: auth.clone(), probes: Probes::new(metrics, readiness), limits: Default::default() };
+        let api = TasksApi { executions: executions.clone() };
+        let routes = Routes {
+            protected: crate::api::tasks::routes(api.clone()),
+            streams: crate::api::stream::routes(StreamApi::new(api, auth, streams.clone())),
+        };
+        let (router, _) = assemble(&edge, routes);
+        Ok(Self { config, tasks, sandbox, database, executions, sessions, router, streams, state })
+    }
+
+    /// Serves until `stop`, then ends everything in order: nothing new is taken and `/ready` says so, streams are told
+    /// to come again, executions end as `interrupted` with all their processes, the log is written, the database
+    /// is closed.
+    ///
+    /// # Errors
+    /// [`Abandoned`], where something did not end within `SHUTDOWN_GRACE_SECONDS`.
+    pub async fn run(self, listener: TcpListener, stop: impl Future<Output = ()>) -> Result<(), Abandoned> {
+        let address = listener.local_addr().ok();
+        let close = CancellationToken::new();
+        let limits = crate::api::server::ServerLimits { drain: DRAIN, ..Default::default() };
+        let serving = crate::api::server::serve_with(listener, self.router, self.tasks.clone(), close.clone(), limits);
+        let serving = self.tasks.spawn("server", serving);
+        tracing::info!(address = address.map(tracing::field::display), "listening");
+        stop.await;
+
+        let deadline = Instant::now() + self.config.shutdown_grace;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        tracing::info!(grace_seconds = self.config.shutdown_grace.as_secs(), "shutting down");
+        self.streams.cancel();
+        // The last seconds belong to what comes after the executions.
+        let for_executions = left().mul_f64(0.7);
+        let executions = self.executions.shut_down(for_executions).await.err().unwrap_or(0);
+        let flushed = tokio::time::timeout(left(), self.executions.events().flushed()).await;
+        let writes = if flushed.is_ok() { 0 } else { self.executions.events().pending() };
+        close.cancel();
+        let connections = match tokio::time::timeout(left().max(DRAIN), serving).await {
+            Ok(Ok(cut)) => cut,
+            Ok(Err(_)) | Err(_) => 1,
+        };
+        self.tasks.shutdown_token().cancel();
+        self.sessions.stop().await;
+        self.database.close().await;
+        self.sandbox.sweep_orphans();
+        let tasks = self.tasks.stop(left().max(Duration::from_secs(1))).await.err().unwrap_or(0);
+        let processes = self.sandbox.live();
+        drop(self.state);
+        if executions + writes + processes + connections + tasks == 0 {
+            tracing::info!("stopped");
+            return Ok(());
+        }
+        Err(Abandoned { executions, writes, processes, connections, tasks })
+    }
+}
+
+/// Asks the executable for its version, once: `/ready` shows it.
+async fn find_version(sandbox: Sandbox, command: PathBuf, version: Arc<OnceLock<String>>) {
+    let Ok(home) = random_token() else { return };
+    // A home of its own that is gone afterwards: even `--version` may write into it.
+    let directory = std::env::temp_dir().join(format!("opencode-version-{}", secrecy::ExposeSecret::expose_secret(&home)));
+    let mut spec = Spec::new("opencode --version", command);
+    spec.args = vec!["--version".into()];
+    let names = ["HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME"];
+    spec.env = names.into_iter().map(|name| (name.into(), directory.clone().into())).collect();
+    let found = match sandbox.run(spec, Duration::from_secs(60)).await {
+        Ok(output) if output.exit.success() => String::from_utf8_lossy(&output.stdout).trim().to_owned(),
+        Ok(output) => format!("`--version` failed ({})", output.exit),
+        Err(error) => format!("`--version` failed ({error})"),
+    };
+    let _ = std::fs::remove_dir_all(directory);
+    if found != OPENCODE_VERSION {
+        tracing::warn!(found, tested = OPENCODE_VERSION, "this is not the OpenCode that this version was tested with");
+    }
+    let _ = version.set(found);
+}
+
+/// What `/ready` looks at.
+#[derive(Clone, Debug)]
+struct Ready {
+    mode: SandboxMode,
+    refused: Option<String>,
+    auth: Auth,
+    embedded: bool,
+    store: Store,
+    executions: Executions,
+    workspace: Workspace,
+    command: PathBuf,
+    version: Arc<OnceLock<String>>,
+    sessions: Sessions,
+}
+
+impl Ready {
+    async fn checks(&self) -> Checks {
+        let mut checks = Checks::new();
+        checks = match self.workspace.check_writable() {
+            Ok(()) => checks.with("workspace", "ok", None),
+            Err(error) => checks.failing("workspace", "failed", Some(&error.to_string())),
+        };
+        let kind = if self.embedded { "embedded" } else { "external" };
+        let database = match self.executions.events().trouble() {
+            Some(trouble) => Err(trouble),
+            None => self.store.ping().await.map_err(|error| error.to_string()),
+        };
+        checks = match database {
+            Ok(()) => checks.with("database", "ok", Some(kind)),
+            // Without a journal nothing bridges an outage: no task could be taken.
+            Err(why) => checks.failing("database", "failed", Some(&why)),
+        };
+        let warm = self.sessions.warm();
+        let known = self.version.get().map(String::as_str);
+        checks = match known {
+            _ if !self.command.exists() => checks.failing("opencode", "failed", Some("the executable is gone")),
+            Some(version) if version == OPENCODE_VERSION => {
+                checks.with("opencode", "ok", Some(&format!("{version}, {warm} warm")))
+            }
+            Some(other) => checks.with("opencode", "degraded", Some(other)),
+            None => checks.with("opencode", "ok", Some("its version is being asked for")),
+        };
+        checks = match (&self.refused, self.mode) {
+            (Some(why), _) => checks.failing("sandbox", "failed", Some(why)),
+            (None, SandboxMode::Off) => checks.with("sandbox", "off", Some("SANDBOX=off: the agent is not confined")),
+            (None, _) => checks.with("sandbox", "degraded", Some("this version has no sandbox yet")),
+        };
+        checks = checks.with("journal", "off", Some("this version writes to the database before it shows an event"));
+        checks = checks.with("state", "ok", None);
+        checks = match self.auth.state() {
+            "ok" => checks.with("auth", "ok", None),
+            state => checks.with("auth", state, None),
+        };
+        if self.executions.is_closing() {
+            checks = checks.failing("shutdown", "failed", Some("the sidecar is shutting down"));
+        }
+        checks
+    }
+}
+
+/// Binds the address of the configuration.
+///
+/// # Errors
+/// Where it is taken, or not ours.
+pub async fn bind(config: &Config) -> Result<TcpListener, std::io::Error> {
+    TcpListener::bind(SocketAddr::new(config.host, config.port)).await
+}
