@@ -1,3 +1,6 @@
 //! The one integration test binary.
 
+mod embedded;
 mod sandbox;
+mod store;
+mod support;
