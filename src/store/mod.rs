@@ -1,0 +1,20 @@
+//!
+//! The only module that knows SQL. Nothing here decides a status or a `seq`: it keeps what it is handed and gives
+//! the same back. Everything above it may retry [`Store::commit`]; nothing above it sees a `sqlx` type.
+//!
+//! Table names are unqualified and each connection's `search_path` is `DATABASE_SCHEMA`, so that several sidecars
+//! can share a database, each in its own schema. Times are kept to the microsecond.
+
+mod connect;
+pub mod embedded;
+mod error;
+mod migrate;
+mod read;
+mod row;
+mod write;
+
+pub use connect::{DatabaseOptions, Store};
+pub use embedded::{Embedded, EmbeddedError};
+pub use error::StoreError;
+pub use read::{Cursor, EventQuery, HistoryFilter};
+pub use write::Write;

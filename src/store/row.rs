@@ -1,0 +1,100 @@
+//! Between rows and the model's records. Every conversion that can fail says so; none guesses.
+
+use super::StoreError;
+use crate::model::{Event, EventType, ExecutionId, ExecutionRecord, Reason, SessionId, Severity, Status};
+use chrono::{DateTime, Utc};
+use std::borrow::Cow;
+use uuid::Uuid;
+
+/// A row of `executions`, its JSON as text.
+#[derive(Debug)]
+pub(super) struct ExecutionRow {
+    pub(super) id: Uuid,
+    pub(super) project_id: String,
+    pub(super) owner: Uuid,
+    pub(super) session_id: Uuid,
+    pub(super) status: String,
+    pub(super) reason: Option<String>,
+    pub(super) progress: Option<i16>,
+    pub(super) last_seq: i64,
+    pub(super) task: String,
+    pub(super) protections: Vec<String>,
+    pub(super) final_message: Option<String>,
+    pub(super) files_modified: Vec<String>,
+    pub(super) usage: String,
+    pub(super) created_at: DateTime<Utc>,
+    pub(super) started_at: Option<DateTime<Utc>>,
+    pub(super) completed_at: Option<DateTime<Utc>>,
+    pub(super) paused_ms: i64,
+}
+
+impl TryFrom<ExecutionRow> for ExecutionRecord {
+    type Error = StoreError;
+
+    fn try_from(row: ExecutionRow) -> Result<Self, StoreError> {
+        let id = row.id;
+        let corrupt = |column: &str| StoreError::Corrupt(format!("execution {id}, column {column}"));
+        Ok(Self {
+            id: ExecutionId(id),
+            project_id: row.project_id,
+            owner: row.owner,
+            session_id: SessionId(row.session_id),
+            task: serde_json::from_str(&row.task).map_err(|_| corrupt("task"))?,
+            status: Status::parse(&row.status).ok_or_else(|| corrupt("status"))?,
+            reason: match row.reason {
+                Some(word) => Some(Reason::parse(&word).ok_or_else(|| corrupt("reason"))?),
+                None => None,
+            },
+            progress: row.progress.map(u8::try_from).transpose().map_err(|_| corrupt("progress"))?,
+            last_seq: u64::try_from(row.last_seq).map_err(|_| corrupt("last_seq"))?,
+            created_at: row.created_at,
+            started_at: row.started_at,
+            completed_at: row.completed_at,
+            paused_ms: u64::try_from(row.paused_ms).map_err(|_| corrupt("paused_ms"))?,
+            protections: row.protections,
+            final_message: row.final_message,
+            files_modified: row.files_modified,
+            usage: serde_json::from_str(&row.usage).map_err(|_| corrupt("usage"))?,
+        })
+    }
+}
+
+/// A row of `execution_events`, its envelope as text.
+#[derive(Debug)]
+pub(super) struct EventRow {
+    pub(super) seq: i64,
+    pub(super) kind: String,
+    pub(super) severity: String,
+    pub(super) ts: DateTime<Utc>,
+    pub(super) envelope: String,
+}
+
+impl TryFrom<EventRow> for Event {
+    type Error = StoreError;
+
+    fn try_from(row: EventRow) -> Result<Self, StoreError> {
+        let corrupt = |column: &str| StoreError::Corrupt(format!("event {}, column {column}", row.seq));
+        Ok(Self {
+            seq: u64::try_from(row.seq).map_err(|_| corrupt("seq"))?,
+            kind: EventType::parse(&row.kind).ok_or_else(|| corrupt("type"))?,
+            severity: Severity::parse(&row.severity).ok_or_else(|| corrupt("severity"))?,
+            timestamp: row.ts,
+            json: row.envelope.into(),
+        })
+    }
+}
+
+/// Text as Postgres can hold it: `text` has no NUL, so U+FFFD stands in for it.
+pub(super) fn text(value: &str) -> Cow<'_, str> {
+    if value.contains('\0') { Cow::Owned(value.replace('\0', "\u{fffd}")) } else { Cow::Borrowed(value) }
+}
+
+/// A list of texts as Postgres can hold it.
+pub(super) fn texts(values: &[String]) -> Vec<String> {
+    values.iter().map(|value| text(value).into_owned()).collect()
+}
+
+/// A count as `bigint`; the largest one where it does not fit.
+pub(super) fn bigint(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}

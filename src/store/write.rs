@@ -1,0 +1,301 @@
+//! Writing: one transaction per batch, idempotent as a whole.
+//!
+//! The rows that a batch is about are locked first. What to do with each follows from the status that its row
+//! shows then ([`Plan`], pure); so a batch that was committed before, or whose execution was deleted in the
+//! meantime, changes nothing, and a status is replaced only where it is the expected one.
+
+use super::row::{bigint, text, texts};
+use super::{Store, StoreError};
+use crate::model::{Event, ExecutionId, ExecutionRecord, Status};
+use sqlx::{Connection, PgConnection};
+use std::collections::BTreeMap;
+use uuid::Uuid;
+
+/// One thing to write.
+#[derive(Clone, Debug)]
+pub enum Write {
+    /// A new execution. One that exists already is left as it is.
+    Submit(Box<ExecutionRecord>),
+    /// An event of its log. One whose `seq` is there already, or whose execution does not exist, is skipped.
+    Event { execution: ExecutionId, event: Event },
+    /// A change of status from `expected` to what the record says, with everything else that the record holds.
+    /// Skipped where the execution does not exist or the row shows the change already.
+    Change { expected: Status, record: Box<ExecutionRecord> },
+    /// `progress`, `usage`, `files_modified` and `last_seq` of an execution that goes on. A final row is left as it is.
+    Progress(Box<ExecutionRecord>),
+}
+
+/// What the batch says about one execution's row: its changes of status as a chain, and its last record.
+struct Plan<'a> {
+    /// The status that the first change expects, then what each change leads to. Empty without a change.
+    chain: Vec<Status>,
+    /// The last record of the batch; its fields are the ones to keep.
+    record: Option<&'a ExecutionRecord>,
+    /// The greatest `seq` of the batch's events and records.
+    last_seq: u64,
+}
+
+/// What to do with one row.
+#[derive(Debug, PartialEq)]
+enum Action {
+    /// Only raise `last_seq`.
+    Raise,
+    /// Write the record's progress.
+    Progress,
+    /// Write the record with its status, over this one.
+    Replace(Status),
+}
+
+impl<'a> Plan<'a> {
+    /// Gathers a batch by execution.
+    fn of(writes: &'a [Write]) -> Result<BTreeMap<Uuid, Self>, StoreError> {
+        let mut plans = BTreeMap::new();
+        for write in writes {
+            let (id, seq) = match write {
+                Write::Submit(record) | Write::Progress(record) | Write::Change { record, .. } => {
+                    (record.id, record.last_seq)
+                }
+                Write::Event { execution, event } => (*execution, event.seq),
+            };
+            let plan: &mut Self =
+                plans.entry(id.0).or_insert_with(|| Self { chain: Vec::new(), record: None, last_seq: 0 });
+            plan.last_seq = plan.last_seq.max(seq);
+            match write {
+                Write::Submit(_) | Write::Event { .. } => {}
+                Write::Progress(record) => plan.record = Some(record),
+                Write::Change { expected, record } => {
+                    match plan.chain.last() {
+                        None => plan.chain.push(*expected),
+                        Some(last) if last == expected => {}
+                        Some(last) => {
+                            return Err(StoreError::Conflict { execution: id, expected: *expected, found: *last });
+                        }
+                    }
+                    plan.chain.push(record.status);
+                    plan.record = Some(record);
+                }
+            }
+        }
+        Ok(plans)
+    }
+
+    /// What to do where the row shows `found`. Any status of the chain is taken: the batch, or its first part, may
+    /// have been committed before.
+    fn action(&self, id: Uuid, found: Status) -> Result<Action, StoreError> {
+        match (self.chain.first(), self.chain.last()) {
+            (Some(_), Some(last)) if found.is_final() && found == *last => Ok(Action::Raise),
+            (Some(_), Some(_)) if self.chain.contains(&found) => Ok(Action::Replace(found)),
+            (Some(first), _) => Err(StoreError::Conflict { execution: ExecutionId(id), expected: *first, found }),
+            (None, _) if self.record.is_some() && !found.is_final() => Ok(Action::Progress),
+            (None, _) => Ok(Action::Raise),
+        }
+    }
+}
+
+impl Store {
+    /// Writes a batch in one transaction: submissions, then events, then the rows of executions. May be repeated
+    /// after a failure whose outcome is not known. Writes for an execution that does not exist (it was deleted) are
+    /// skipped. The caller bounds the batch: at most some 10,000 writes and 16 MiB.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] where a row's status is neither the expected one nor one that the batch leads to;
+    /// then, as with every error, nothing of the batch is kept (unless the connection broke during the commit).
+    pub async fn commit(&self, writes: &[Write]) -> Result<(), StoreError> {
+        if writes.is_empty() {
+            return Ok(());
+        }
+        let plans = Plan::of(writes)?;
+        self.run(async |connection: &mut PgConnection| {
+            let mut transaction = connection.begin().await?;
+            for write in writes {
+                if let Write::Submit(record) = write {
+                    insert(&mut transaction, record).await?;
+                }
+            }
+            let rows = lock(&mut transaction, plans.keys().copied().collect()).await?;
+            insert_events(&mut transaction, writes, &rows).await?;
+            let mut raises = Vec::new();
+            for (id, found) in rows {
+                let Some(plan) = plans.get(&id) else { continue };
+                match (plan.action(id, found)?, plan.record) {
+                    (Action::Replace(expected), Some(record)) => {
+                        replace(&mut transaction, expected, record, plan.last_seq).await?;
+                    }
+                    (Action::Progress, Some(record)) => progress(&mut transaction, record, plan.last_seq).await?,
+                    _ => raises.push((id, plan.last_seq)),
+                }
+            }
+            raise(&mut transaction, raises).await?;
+            transaction.commit().await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Removes an execution of the project with its log. `false` where there was none. A submission of it that is
+    /// committed after this would bring it back: delete only what the log has shipped.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn delete(&self, project: &str, id: ExecutionId) -> Result<bool, StoreError> {
+        let query = sqlx::query!("DELETE FROM executions WHERE project_id = $1 AND id = $2", project, id.0);
+        let done = self.run(async |connection: &mut PgConnection| Ok(query.execute(connection).await?)).await?;
+        Ok(done.rows_affected() > 0)
+    }
+}
+
+fn json<T: serde::Serialize>(value: &T) -> Result<String, StoreError> {
+    serde_json::to_string(value).map_err(|e| sqlx::Error::Encode(e.into()).into())
+}
+
+async fn insert(connection: &mut PgConnection, record: &ExecutionRecord) -> Result<(), StoreError> {
+    let final_message = record.final_message.as_deref().map(text);
+    sqlx::query!(
+        r#"INSERT INTO executions
+             (id, project_id, owner, task_id, session_id, status, reason, progress, last_seq, task, protections,
+              final_message, files_modified, usage, created_at, started_at, completed_at, paused_ms)
+           VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10::text::json, $11, $12, $13, $14::text::json, $15, $16, $17, $18)
+           ON CONFLICT DO NOTHING"#,
+        record.id.0,
+        &*text(&record.project_id),
+        record.owner,
+        record.task.task_id.0,
+        record.session_id.0,
+        record.status.as_str(),
+        record.reason.map(|reason| reason.as_str()),
+        record.progress.map(i16::from),
+        bigint(record.last_seq),
+        json(&record.task)?,
+        &texts(&record.protections),
+        final_message.as_deref(),
+        &texts(&record.files_modified),
+        json(&record.usage)?,
+        record.created_at,
+        record.started_at,
+        record.completed_at,
+        bigint(record.paused_ms)
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Locks the rows against deletion and other batches, in one order, and tells what status each shows.
+async fn lock(connection: &mut PgConnection, ids: Vec<Uuid>) -> Result<BTreeMap<Uuid, Status>, StoreError> {
+    let rows = sqlx::query!("SELECT id, status FROM executions WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE", &ids)
+        .fetch_all(connection)
+        .await?;
+    rows.into_iter()
+        .map(|row| match Status::parse(&row.status) {
+            Some(status) => Ok((row.id, status)),
+            None => Err(StoreError::Corrupt(format!("execution {}, column status", row.id))),
+        })
+        .collect()
+}
+
+/// All events of the batch in one statement, those of executions that do not exist left out.
+async fn insert_events(
+    connection: &mut PgConnection,
+    writes: &[Write],
+    rows: &BTreeMap<Uuid, Status>,
+) -> Result<(), StoreError> {
+    let (mut ids, mut seqs, mut types, mut severities, mut times, mut envelopes) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for write in writes {
+        let Write::Event { execution, event } = write else { continue };
+        if rows.contains_key(&execution.0) {
+            ids.push(execution.0);
+            seqs.push(bigint(event.seq));
+            types.push(event.kind.as_str());
+            severities.push(event.severity.as_str());
+            times.push(event.timestamp);
+            envelopes.push(&*event.json);
+        }
+    }
+    if ids.is_empty() {
+        return Ok(());
+    }
+    sqlx::query!(
+        r#"INSERT INTO execution_events (execution_id, seq, type, severity, ts, envelope)
+           SELECT e.id, e.seq, e.type, e.severity, e.ts, e.envelope::json
+           FROM UNNEST($1::uuid[], $2::bigint[], $3::text[], $4::text[], $5::timestamptz[], $6::text[])
+                AS e (id, seq, type, severity, ts, envelope)
+           ON CONFLICT DO NOTHING"#,
+        &ids,
+        &seqs,
+        &types as &[&str],
+        &severities as &[&str],
+        &times,
+        &envelopes as &[&str]
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Writes everything that may change, over the status that the locked row shows.
+async fn replace(
+    connection: &mut PgConnection,
+    expected: Status,
+    record: &ExecutionRecord,
+    last_seq: u64,
+) -> Result<(), StoreError> {
+    let final_message = record.final_message.as_deref().map(text);
+    sqlx::query!(
+        r#"UPDATE executions
+           SET status = $3, reason = $4, progress = $5, last_seq = GREATEST(last_seq, $6), protections = $7,
+               final_message = $8, files_modified = $9, usage = $10::text::json,
+               started_at = $11, completed_at = $12, paused_ms = $13
+           WHERE id = $1 AND status = $2"#,
+        record.id.0,
+        expected.as_str(),
+        record.status.as_str(),
+        record.reason.map(|reason| reason.as_str()),
+        record.progress.map(i16::from),
+        bigint(last_seq),
+        &texts(&record.protections),
+        final_message.as_deref(),
+        &texts(&record.files_modified),
+        json(&record.usage)?,
+        record.started_at,
+        record.completed_at,
+        bigint(record.paused_ms)
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+async fn progress(connection: &mut PgConnection, record: &ExecutionRecord, last_seq: u64) -> Result<(), StoreError> {
+    sqlx::query!(
+        r#"UPDATE executions
+           SET progress = $2, last_seq = GREATEST(last_seq, $3), files_modified = $4, usage = $5::text::json
+           WHERE id = $1"#,
+        record.id.0,
+        record.progress.map(i16::from),
+        bigint(last_seq),
+        &texts(&record.files_modified),
+        json(&record.usage)?
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Raises `last_seq` where the batch had events and nothing else.
+async fn raise(connection: &mut PgConnection, raises: Vec<(Uuid, u64)>) -> Result<(), StoreError> {
+    let (ids, seqs): (Vec<Uuid>, Vec<i64>) = raises.into_iter().map(|(id, seq)| (id, bigint(seq))).unzip();
+    if ids.is_empty() {
+        return Ok(());
+    }
+    sqlx::query!(
+        r#"UPDATE executions x SET last_seq = r.seq
+           FROM UNNEST($1::uuid[], $2::bigint[]) AS r (id, seq)
+           WHERE x.id = r.id AND x.last_seq < r.seq"#,
+        &ids,
+        &seqs
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}

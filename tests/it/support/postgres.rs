@@ -1,0 +1,68 @@
+//! One embedded server for the whole test binary, and a database of its own for each test.
+
+#![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
+
+use opencode_sidecar::sandbox::Sandbox;
+use opencode_sidecar::store::{DatabaseOptions, Embedded};
+use opencode_sidecar::tasks::Tasks;
+use secrecy::{ExposeSecret, SecretString};
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+use std::sync::mpsc::channel;
+
+const PREFIX: &str = "opencode-sidecar-test-";
+
+/// A sandbox that starts the binary under test as its jail.
+pub(crate) fn sandbox(tasks: &Tasks) -> Sandbox {
+    Sandbox::new(PathBuf::from(env!("CARGO_BIN_EXE_opencode-sidecar")), tasks.clone()).unwrap()
+}
+
+/// The options for a new, empty database. `max_connections` is 4.
+pub(crate) async fn fresh_database() -> DatabaseOptions {
+    let server = server();
+    let name = format!("test_{}", uuid::Uuid::new_v4().simple());
+    let mut connection = PgConnection::connect(server.expose_secret()).await.unwrap();
+    connection.execute(AssertSqlSafe(format!("CREATE DATABASE {name}"))).await.unwrap();
+    connection.close().await.unwrap();
+    let url = server.expose_secret().replace("/postgres?", &format!("/{name}?"));
+    DatabaseOptions { url: SecretString::from(url), schema: "opencode_sidecar".to_owned(), max_connections: 4 }
+}
+
+/// The shared server's URL; started by whoever asks first.
+fn server() -> &'static SecretString {
+    static SERVER: OnceLock<SecretString> = OnceLock::new();
+    SERVER.get_or_init(|| {
+        remove_leftovers();
+        let state_dir = tempfile::Builder::new().prefix(PREFIX).tempdir().unwrap().keep();
+        // The server's user passes through it.
+        std::fs::set_permissions(&state_dir, std::os::unix::fs::PermissionsExt::from_mode(0o711)).unwrap();
+        let (sender, receiver) = channel();
+        // A runtime of its own, since each test's ends with the test. When the process ends, the jail ends the server.
+        let thread = std::thread::Builder::new().name("postgres".to_owned()).spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let tasks = Tasks::new();
+                let embedded = Embedded::start(&sandbox(&tasks), &tasks, &state_dir).await;
+                sender.send(embedded.as_ref().map(Embedded::url).map_err(|error| format!("{error:?}"))).unwrap();
+                std::future::pending::<()>().await;
+            });
+        });
+        thread.unwrap();
+        receiver.recv().unwrap().unwrap()
+    })
+}
+
+/// Removes the directories of test runs that are over: a process that ends cannot remove what its server still uses.
+fn remove_leftovers() {
+    for entry in std::fs::read_dir(std::env::temp_dir()).unwrap().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(PREFIX)
+            && let Ok(lock) = File::open(entry.path().join("postgres/lock"))
+            && lock.try_lock().is_ok()
+        {
+            // Several runs may do the same at once, and a server may still be writing.
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
