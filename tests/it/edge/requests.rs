@@ -143,6 +143,8 @@ async fn a_slow_answer_is_cut_but_waits_as_long_as_the_caller_prefers() {
     server.gate.entered.acquire().await.unwrap().forget();
     let patient = server.tasks.spawn("client", server.get("/gate").header("prefer", "wait=60").send());
     server.gate.entered.acquire().await.unwrap().forget();
+    // This one comes after it and is cut: by then the patient one would have been cut too.
+    problem(server.get("/gate"), 503, "unavailable").await;
     server.gate.open.notify_waiters();
     assert_eq!(patient.await.unwrap().unwrap().status(), 200);
     server.stop().await;
