@@ -48,7 +48,11 @@ const DRAIN: Duration = Duration::from_secs(3);
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     #[error("the state directory {} (STATE_DIR) cannot be used", .path.display())]
-    State { path: PathBuf, #[source] source: std::io::Error },
+    State {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("another sidecar uses the state directory {} (STATE_DIR)", .0.display())]
     Locked(PathBuf),
     #[error("the file {} does not hold the id of an instance; it is not ours to change", .0.display())]
@@ -71,7 +75,9 @@ pub enum StartError {
 
 /// What `run` could not do in the time that it had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("abandoned at shutdown: {executions} executions, {writes} events not written, {processes} processes, {connections} connections, {tasks} tasks")]
+#[error(
+    "abandoned at shutdown: {executions} executions, {writes} events not written, {processes} processes, {connections} connections, {tasks} tasks"
+)]
 pub struct Abandoned {
     pub executions: usize,
     pub writes: usize,
@@ -102,8 +108,7 @@ impl Database {
             (None, Some(embedded)) => embedded.url(),
             (None, None) => SecretString::default(),
         };
-        let options =
-            DatabaseOptions { url, schema: config.database_schema.clone(), max_connections: CONNECTIONS };
+        let options = DatabaseOptions { url, schema: config.database_schema.clone(), max_connections: CONNECTIONS };
         let deadline = Instant::now() + DATABASE_WAIT;
         let store = loop {
             let tried = async {
@@ -118,7 +123,10 @@ impl Database {
                     if !error.is_transient() || Instant::now() >= deadline {
                         return Err(error.into());
                     }
-                    tracing::warn!(error = &error as &dyn std::error::Error, "the database is not there yet; trying again");
+                    tracing::warn!(
+                        error = &error as &dyn std::error::Error,
+                        "the database is not there yet; trying again"
+                    );
                     tokio::time::sleep(Duration::from_secs(1)).await;
                 }
             }
@@ -320,7 +328,7 @@ impl App {
             let readiness = readiness.clone();
             async move { readiness.checks().await }
         });
-        let edge = Edge { auth: auth.clone(), probes: Probes::new(metrics, readiness), limits: Default::default() };
+        let edge = Edge { auth: auth.clone(), probes: Probes { metrics, readiness }, limits: Default::default() };
         let api = TasksApi { executions: executions.clone() };
         let routes = Routes {
             protected: crate::api::tasks::routes(api.clone()),
@@ -378,7 +386,8 @@ impl App {
 async fn find_version(sandbox: Sandbox, command: PathBuf, version: Arc<OnceLock<String>>) {
     let Ok(home) = random_token() else { return };
     // A home of its own that is gone afterwards: even `--version` may write into it.
-    let directory = std::env::temp_dir().join(format!("opencode-version-{}", secrecy::ExposeSecret::expose_secret(&home)));
+    let directory =
+        std::env::temp_dir().join(format!("opencode-version-{}", secrecy::ExposeSecret::expose_secret(&home)));
     let mut spec = Spec::new("opencode --version", command);
     spec.args = vec!["--version".into()];
     let names = ["HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME"];

@@ -127,7 +127,9 @@ async fn serve() -> ExitCode {
     };
     let listener = match bind(&config).await {
         Ok(listener) => listener,
-        Err(error) => return fail(&format!("{}:{} (HOST, PORT) cannot be listened on", config.host, config.port), &error),
+        Err(error) => {
+            return fail(&format!("{}:{} (HOST, PORT) cannot be listened on", config.host, config.port), &error);
+        }
     };
     let mut stop = Box::pin(stop);
     let app = tokio::select! {

@@ -75,8 +75,12 @@ impl<W: Write> Printer<W> {
         let data = &event["data"];
         let text = |name: &str| data[name].as_str().unwrap_or_default();
         match event["type"].as_str().unwrap_or_default() {
-            "stdout" => self.text("stdout", Style::new(), &format!("{DIM}  │ {DIM:#}"), data.as_str().unwrap_or_default()),
-            "stderr" => self.text("stderr", YELLOW, &format!("{YELLOW}  │ {YELLOW:#}"), data.as_str().unwrap_or_default()),
+            "stdout" => {
+                self.text("stdout", Style::new(), &format!("{DIM}  │ {DIM:#}"), data.as_str().unwrap_or_default())
+            }
+            "stderr" => {
+                self.text("stderr", YELLOW, &format!("{YELLOW}  │ {YELLOW:#}"), data.as_str().unwrap_or_default())
+            }
             "message" => match data["delta"].as_str() {
                 Some(delta) => self.text("message", Style::new(), "", delta),
                 None => self.close(),
@@ -97,7 +101,9 @@ impl<W: Write> Printer<W> {
             }
             "tool_call" => {
                 let args = &data["args"];
-                let what = ["command", "filePath", "pattern", "url", "description"].iter().find_map(|name| args[name].as_str());
+                let what = ["command", "filePath", "pattern", "url", "description"]
+                    .iter()
+                    .find_map(|name| args[name].as_str());
                 self.line(CYAN, &format!("▶ {} {}", text("tool"), what.unwrap_or_default()))
             }
             "tool_result" => {
@@ -186,7 +192,10 @@ mod tests {
 
     #[test]
     fn a_tool_cannot_play_with_the_terminal() {
-        assert_eq!(clean("\u{1b}]0;title\u{7}x\u{1b}[2Jy\u{1b}[31mred\u{1b}[0m\u{9b}z", true), "]0;titlex[2Jy\u{1b}[31mred\u{1b}[0mz");
+        assert_eq!(
+            clean("\u{1b}]0;title\u{7}x\u{1b}[2Jy\u{1b}[31mred\u{1b}[0m\u{9b}z", true),
+            "]0;titlex[2Jy\u{1b}[31mred\u{1b}[0mz"
+        );
         assert_eq!(clean("\u{1b}[31mred", false), "red");
         assert_eq!(clean("\u{1b}[", true), "[");
     }

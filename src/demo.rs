@@ -72,7 +72,10 @@ fn script(workspace: &Path) -> Script {
     let say = |text: &str| Step { text: Some(text.to_owned()), delay_ms: Some(15), ..Step::default() };
     let (done, doing, open) = ("completed", "in_progress", "pending");
     Script::new()
-        .step(Step { tools: vec![tool("todowrite", todo(doing, open, open))], ..say("I will write the script first, then try it out.") })
+        .step(Step {
+            tools: vec![tool("todowrite", todo(doing, open, open))],
+            ..say("I will write the script first, then try it out.")
+        })
         .write(&file("greet.sh"), "#!/bin/sh\nset -eu\necho \"Hello, ${1:-world}!\"\n")
         .tool("todowrite", todo(done, doing, open))
         .bash(
@@ -115,15 +118,17 @@ async fn demonstrate(prompt: Option<String>) -> Result<bool, DemoError> {
 
     head("opencode-sidecar: one real task, from submission to history");
     let model_tasks = Tasks::new();
-    let scripted = match &config.default_model {
+    // It plays for as long as it lives.
+    let model = match &config.default_model {
         Some(model) => {
             anstream::println!("Model:     {} at the provider {}", model.model, model.provider.as_str());
-            false
+            None
         }
         None => {
             if prompt.is_some() {
                 return Err(DemoError::Sentence(
-                    "--prompt needs a real model: set OPENCODE_API_KEY, OPENCODE_PROVIDER and OPENCODE_MODEL".to_owned(),
+                    "--prompt needs a real model: set OPENCODE_API_KEY, OPENCODE_PROVIDER and OPENCODE_MODEL"
+                        .to_owned(),
                 ));
             }
             let model = ScriptedModel::start(&model_tasks, Some(script(&workspace))).await?;
@@ -133,9 +138,11 @@ async fn demonstrate(prompt: Option<String>) -> Result<bool, DemoError> {
                 api_key: random_token()?,
                 endpoint: url::Url::parse(&model.base_url()).map_err(|e| DemoError::Sentence(e.to_string()))?,
             });
-            anstream::println!("{NOTE}Model:     a SCRIPTED MODEL plays the provider (no OPENCODE_API_KEY is set).{NOTE:#}");
+            anstream::println!(
+                "{NOTE}Model:     a SCRIPTED MODEL plays the provider (no OPENCODE_API_KEY is set).{NOTE:#}"
+            );
             anstream::println!("{NOTE}           OpenCode, its tools, the files and the commands are real.{NOTE:#}");
-            true
+            Some(model)
         }
     };
     anstream::println!("Workspace: {}", workspace.display());
@@ -149,10 +156,11 @@ async fn demonstrate(prompt: Option<String>) -> Result<bool, DemoError> {
     let tasks = Tasks::new();
     let serving = tasks.spawn("demo sidecar", app.run(listener, stop.clone().cancelled_owned()));
 
-    let client = Client { http: reqwest::Client::builder().no_proxy().build()?, base: format!("http://{address}"), secret };
+    let client =
+        Client { http: reqwest::Client::builder().no_proxy().build()?, base: format!("http://{address}"), secret };
     let interrupted = stop_signal()?;
     let outcome = tokio::select! {
-        outcome = follow(&client, prompt.as_deref().unwrap_or(PROMPT), scripted, &workspace) => outcome,
+        outcome = follow(&client, prompt.as_deref().unwrap_or(PROMPT), model.is_some(), &workspace) => outcome,
         () = interrupted => Err(DemoError::Sentence("interrupted".to_owned())),
     };
     stop.cancel();
@@ -161,6 +169,7 @@ async fn demonstrate(prompt: Option<String>) -> Result<bool, DemoError> {
         Ok(Err(abandoned)) => return Err(DemoError::Sentence(abandoned.to_string())),
         Err(error) => return Err(DemoError::Sentence(error.to_string())),
     }
+    drop(model);
     model_tasks.shutdown_token().cancel();
     anstream::println!("\nThe workspace stays at {}.", workspace.display());
     outcome

@@ -5,8 +5,8 @@
 
 use crate::events::ReadQuery;
 use crate::executions::Executions;
-use crate::model::event::Event;
 use crate::model::ExecutionId;
+use crate::model::event::Event;
 use crate::store::StoreError;
 use std::time::Duration;
 

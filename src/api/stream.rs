@@ -13,7 +13,7 @@ use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{FromRequestParts, Path, Request, State};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use futures_util::{SinkExt, StreamExt};
+use futures_util::SinkExt;
 use serde::Deserialize;
 use serde_json::json;
 use std::sync::Arc;
@@ -96,11 +96,12 @@ async fn stream(State(api): State<StreamApi>, Path(id): Path<String>, request: R
     let crate::api::ApiQuery(query) = crate::api::ApiQuery::<StreamQuery>::from_request_parts(&mut parts, &()).await?;
     let id = parse_id(&id)?;
     let Some(upgrade) = upgrade else {
-        let last_event_id = parts.headers.get("last-event-id").map(|value| {
-            value.to_str().ok().and_then(|value| value.trim().parse().ok()).ok_or_else(|| {
-                Problem::invalid_field("Last-Event-ID", "must be the id of an event: a whole number")
-            })
-        });
+        let last_event_id =
+            parts.headers.get("last-event-id").map(|value| {
+                value.to_str().ok().and_then(|value| value.trim().parse().ok()).ok_or_else(|| {
+                    Problem::invalid_field("Last-Event-ID", "must be the id of an event: a whole number")
+                })
+            });
         let after = match (query.after, last_event_id) {
             (Some(after), _) => after,
             (None, Some(after)) => after?,
@@ -279,11 +280,18 @@ impl Socket {
         Ok(frame.is_some_and(|f| f.r#type == "auth" && f.token.is_some_and(|token| api.auth.check(&token))))
     }
 
-    async fn command(&mut self, api: &StreamApi, id: crate::model::ExecutionId, frame: ClientFrame) -> Result<(), Broken> {
+    async fn command(
+        &mut self,
+        api: &StreamApi,
+        id: crate::model::ExecutionId,
+        frame: ClientFrame,
+    ) -> Result<(), Broken> {
         let answer = match frame.r#type.as_str() {
             "cancel" => match api.tasks.executions.cancel(id, frame.reason.as_deref(), Duration::ZERO).await {
                 Ok(_) => json!({ "type": "ack", "of": "cancel" }),
-                Err(_) => json!({ "type": "error", "of": "cancel", "code": "unavailable", "message": "The database cannot be asked." }),
+                Err(_) => {
+                    json!({ "type": "error", "of": "cancel", "code": "unavailable", "message": "The database cannot be asked." })
+                }
             },
             "auth" => json!({ "type": "ack", "of": "auth" }),
             "pause" | "resume" | "message" | "permission_reply" | "question_reply" => json!({

@@ -98,8 +98,10 @@ async fn execute(
     }
     let record = api.executions.submit(request).await.map_err(|error| match error {
         SubmitError::Field(field) => Problem::invalid_field(field.field, field.reason),
-        SubmitError::UnknownSession => Problem::new(Code::NotFound, "There is no session with this id that takes tasks.")
-            .field("session_id", "is no session that takes tasks"),
+        SubmitError::UnknownSession => {
+            Problem::new(Code::NotFound, "There is no session with this id that takes tasks.")
+                .field("session_id", "is no session that takes tasks")
+        }
         SubmitError::QueueFull => Problem::new(Code::QueueFull, "As many tasks wait as may. Try again later."),
         SubmitError::ShuttingDown => Problem::new(Code::ShuttingDown, "The sidecar shuts down and takes no new task."),
         SubmitError::NotStored => {
@@ -115,8 +117,7 @@ async fn execute(
             response = Some((StatusCode::OK, Json(ExecutionDocument::of(&view))).into_response());
         }
     }
-    let mut response =
-        response.unwrap_or_else(|| (StatusCode::ACCEPTED, Json(Accepted::of(&record))).into_response());
+    let mut response = response.unwrap_or_else(|| (StatusCode::ACCEPTED, Json(Accepted::of(&record))).into_response());
     if let Some(location) = location {
         response.headers_mut().insert(header::LOCATION, location);
     }

@@ -156,7 +156,11 @@ async fn until_taken(shared: &Shared, writes: &[Write]) -> bool {
                 return true;
             }
             Err(error) if error.is_transient() => {
-                tracing::warn!(error = &error as &dyn std::error::Error, waiting = writes.len(), "the database does not take events; trying again");
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    waiting = writes.len(),
+                    "the database does not take events; trying again"
+                );
                 shared.queue.set_trouble(Some(error.to_string()));
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(MAX_PAUSE);

@@ -44,7 +44,7 @@ const NOT_YET: &str = "is not supported by this version";
 ///
 /// # Errors
 /// The first field that cannot be taken.
-pub fn admit(request: TaskRequest, ceilings: &Ceilings) -> Result<(Task, SecretString), FieldError> {
+pub(super) fn admit(request: TaskRequest, ceilings: &Ceilings) -> Result<(Task, SecretString), FieldError> {
     let (prompt, code) = (non_empty(request.prompt), non_empty(request.code));
     if prompt.is_none() && code.is_none() {
         return refuse("prompt", "at least one of prompt and code is required");
@@ -54,7 +54,10 @@ pub fn admit(request: TaskRequest, ceilings: &Ceilings) -> Result<(Task, SecretS
     let max = ceilings.max_prompt_length;
     if length(&prompt) + length(&code) > max {
         let field = if length(&prompt) >= length(&code) { "prompt" } else { "code" };
-        return refuse(field, format!("prompt and code together may have at most {max} characters (MAX_PROMPT_LENGTH)"));
+        return refuse(
+            field,
+            format!("prompt and code together may have at most {max} characters (MAX_PROMPT_LENGTH)"),
+        );
     }
     for (field, text) in
         [("prompt", &prompt), ("code", &code), ("context", &context), ("system_prompt", &system_prompt)]
@@ -145,7 +148,9 @@ fn non_empty(text: Option<String>) -> Option<String> {
 
 /// Names go into paths, logs and terminals: no control characters, nothing that turns the direction of text.
 fn name(field: &str, value: &str) -> Result<(), FieldError> {
-    let bad = |c: char| c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}');
+    let bad = |c: char| {
+        c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}')
+    };
     if value.len() > MAX_NAME {
         return refuse(field, format!("may have at most {MAX_NAME} bytes"));
     }
@@ -225,7 +230,9 @@ fn tools(asked: Option<Vec<String>>) -> Result<Option<Vec<String>>, FieldError> 
             "file_ops" => &["read", "write", "edit", "patch", "glob", "grep", "list"],
             "terminal" | "code_exec" => &["bash"],
             "web_search" => &["webfetch", "websearch"],
-            own if TOOLS.contains(&own) => std::slice::from_ref(&TOOLS[TOOLS.iter().position(|t| *t == own).unwrap_or(0)]),
+            own if TOOLS.contains(&own) => {
+                std::slice::from_ref(&TOOLS[TOOLS.iter().position(|t| *t == own).unwrap_or(0)])
+            }
             _ => return refuse(&format!("model_config.enabled_tools[{i}]"), "is no tool that is known here"),
         };
         for tool in stands_for {

@@ -172,14 +172,8 @@ impl Owner {
         started.data["protections"] = json!(record.protections);
         self.writer.append(started).await;
         let title = record.id.to_string();
-        let run = Run {
-            task: &record.task,
-            title: &title,
-            writer: &self.writer,
-            observer: self,
-            stop: &self.stop,
-            deadline,
-        };
+        let run =
+            Run { task: &record.task, title: &title, writer: &self.writer, observer: self, stop: &self.stop, deadline };
         let ending = run.run(&mut session).await;
         {
             let mut work = self.lock();
@@ -211,10 +205,9 @@ impl Owner {
         api_key: SecretString,
         deadline: Instant,
     ) -> Result<Session, Failure> {
-        let workdir = shared
-            .workspace
-            .workdir(record.task.workdir.as_deref())
-            .map_err(|error| Failure::new(Reason::Internal, "workdir", format!("The working directory cannot be used: {error}.")))?;
+        let workdir = shared.workspace.workdir(record.task.workdir.as_deref()).map_err(|error| {
+            Failure::new(Reason::Internal, "workdir", format!("The working directory cannot be used: {error}."))
+        })?;
         let wanted = Wanted {
             id: record.session_id,
             profile: Profile { model: record.task.model.clone() },
@@ -226,11 +219,17 @@ impl Owner {
         };
         shared.sessions.acquire(wanted).await.map_err(|error| {
             if Instant::now() >= deadline {
-                return Failure::new(Reason::Timeout, "timeout", "The task's time was over before OpenCode had started.");
+                return Failure::new(
+                    Reason::Timeout,
+                    "timeout",
+                    "The task's time was over before OpenCode had started.",
+                );
             }
             tracing::error!(execution = %self.id, error = &error as &dyn std::error::Error, "no session");
             match &error {
-                SessionError::Refused(why) => Failure::new(Reason::SandboxUnavailable, "sandbox_unavailable", why.clone()),
+                SessionError::Refused(why) => {
+                    Failure::new(Reason::SandboxUnavailable, "sandbox_unavailable", why.clone())
+                }
                 SessionError::Launch(_) | SessionError::Prime(_) | SessionError::PrimeTimeout => {
                     Failure::new(Reason::OpencodeUnresponsive, "opencode_start_failed", format!("{error}."))
                 }

@@ -5,11 +5,11 @@ use std::collections::VecDeque;
 
 /// The queue is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Full;
+pub(super) struct Full;
 
 /// Who runs and who waits, in the order of arrival.
 #[derive(Debug)]
-pub struct Admission<T> {
+pub(super) struct Admission<T> {
     max_running: usize,
     max_queued: usize,
     /// Slots given out, by `start_next` or `reserve`.
@@ -21,7 +21,7 @@ pub struct Admission<T> {
 
 impl<T> Admission<T> {
     /// `max_running` at once and `max_queued` behind them.
-    pub fn new(max_running: usize, max_queued: usize) -> Self {
+    pub(super) fn new(max_running: usize, max_queued: usize) -> Self {
         Self { max_running, max_queued, running: 0, reserved: 0, queue: VecDeque::new() }
     }
 
@@ -29,7 +29,7 @@ impl<T> Admission<T> {
     ///
     /// # Errors
     /// [`Full`] where it would neither run nor find room in the queue.
-    pub fn reserve(&mut self) -> Result<(), Full> {
+    pub(super) fn reserve(&mut self) -> Result<(), Full> {
         let room = self.max_queued + self.max_running.saturating_sub(self.running);
         if self.queue.len() + self.reserved >= room {
             return Err(Full);
@@ -39,18 +39,18 @@ impl<T> Admission<T> {
     }
 
     /// Gives a held place back.
-    pub fn release(&mut self) {
+    pub(super) fn release(&mut self) {
         self.reserved = self.reserved.saturating_sub(1);
     }
 
     /// Puts one at the end of the line, on a place that was held for it.
-    pub fn enqueue(&mut self, id: ExecutionId, item: T) {
+    pub(super) fn enqueue(&mut self, id: ExecutionId, item: T) {
         self.release();
         self.queue.push_back((id, item));
     }
 
     /// The next one whose turn it is, if a slot is free; the slot is taken then, until [`Self::finished`].
-    pub fn start_next(&mut self) -> Option<(ExecutionId, T)> {
+    pub(super) fn start_next(&mut self) -> Option<(ExecutionId, T)> {
         if self.running >= self.max_running {
             return None;
         }
@@ -60,33 +60,33 @@ impl<T> Admission<T> {
     }
 
     /// Gives a slot back.
-    pub fn finished(&mut self) {
+    pub(super) fn finished(&mut self) {
         self.running = self.running.saturating_sub(1);
     }
 
     /// Takes one out of the queue that has not started; `None` where it is not in it.
-    pub fn remove(&mut self, id: ExecutionId) -> Option<T> {
+    pub(super) fn remove(&mut self, id: ExecutionId) -> Option<T> {
         let at = self.queue.iter().position(|(queued, _)| *queued == id)?;
         self.queue.remove(at).map(|(_, item)| item)
     }
 
     /// Takes all out that have not started.
-    pub fn drain(&mut self) -> Vec<(ExecutionId, T)> {
+    pub(super) fn drain(&mut self) -> Vec<(ExecutionId, T)> {
         self.queue.drain(..).collect()
     }
 
     /// How many are before this one, itself counted: 1 is next. `None` where it does not wait.
-    pub fn position(&self, id: ExecutionId) -> Option<usize> {
+    pub(super) fn position(&self, id: ExecutionId) -> Option<usize> {
         self.queue.iter().position(|(queued, _)| *queued == id).map(|at| at + 1)
     }
 
     /// How many run.
-    pub fn running(&self) -> usize {
+    pub(super) fn running(&self) -> usize {
         self.running
     }
 
     /// How many wait.
-    pub fn queued(&self) -> usize {
+    pub(super) fn queued(&self) -> usize {
         self.queue.len()
     }
 }

@@ -17,11 +17,19 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     #[error("OpenCode cannot be reached ({call})")]
-    Transport { call: &'static str, #[source] source: reqwest::Error },
+    Transport {
+        call: &'static str,
+        #[source]
+        source: reqwest::Error,
+    },
     #[error("OpenCode answered {status} to {call}: {body}")]
     Status { call: &'static str, status: u16, body: String },
     #[error("OpenCode's answer to {call} has another shape than expected")]
-    Shape { call: &'static str, #[source] source: serde_json::Error },
+    Shape {
+        call: &'static str,
+        #[source]
+        source: serde_json::Error,
+    },
     #[error("OpenCode's event stream is broken")]
     Stream(#[from] SseError),
     #[error("OpenCode's event stream holds something that is no event")]
@@ -103,7 +111,9 @@ impl Client {
 
     /// Ends a conversation and forgets it.
     pub async fn delete_session(&self, session: &str) -> Result<(), ClientError> {
-        self.call("delete session", self.request(reqwest::Method::DELETE, &format!("/session/{session}"))).await.map(drop)
+        self.call("delete session", self.request(reqwest::Method::DELETE, &format!("/session/{session}")))
+            .await
+            .map(drop)
     }
 
     /// Hands in a prompt; what comes of it is told by the event stream.
@@ -169,7 +179,7 @@ impl Client {
     /// Opens the event stream and waits for its first event, `server.connected`: from then on nothing is missed.
     pub async fn events(&self) -> Result<EventStream, ClientError> {
         let transport = |source| ClientError::Transport { call: "events", source };
-        let request = self.request(reqwest::Method::GET, "/event").query(&[("directory", &self.directory)]);
+        let request = self.request(reqwest::Method::GET, "/event");
         let response = tokio::time::timeout(CALL_TIMEOUT, request.send())
             .await
             .map_err(|_| ClientError::Status { call: "events", status: 0, body: "no answer in time".to_owned() })?
@@ -179,9 +189,11 @@ impl Client {
             return Err(ClientError::Status { call: "events", status, body: String::new() });
         }
         let mut stream = EventStream { response, parser: Parser::default(), waiting: VecDeque::new() };
-        let first = tokio::time::timeout(CALL_TIMEOUT, stream.next())
-            .await
-            .map_err(|_| ClientError::Status { call: "events", status: 0, body: "no first event in time".to_owned() })??;
+        let first = tokio::time::timeout(CALL_TIMEOUT, stream.next()).await.map_err(|_| ClientError::Status {
+            call: "events",
+            status: 0,
+            body: "no first event in time".to_owned(),
+        })??;
         match first {
             Some(event) if event.kind == "server.connected" => Ok(stream),
             _ => Err(ClientError::Status {
@@ -211,7 +223,8 @@ impl EventStream {
             if let Some(text) = self.waiting.pop_front() {
                 return serde_json::from_str(&text).map(Some).map_err(ClientError::Garbage);
             }
-            let chunk = self.response.chunk().await.map_err(|source| ClientError::Transport { call: "events", source })?;
+            let chunk =
+                self.response.chunk().await.map_err(|source| ClientError::Transport { call: "events", source })?;
             let Some(chunk) = chunk else { return Ok(None) };
             let mut events = Vec::new();
             self.parser.push(&chunk, &mut events)?;

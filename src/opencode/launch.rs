@@ -132,12 +132,7 @@ pub async fn launch(sandbox: &Sandbox, tasks: &Tasks, ports: &Ports, launch: &La
     }
 }
 
-async fn launch_once(
-    sandbox: &Sandbox,
-    tasks: &Tasks,
-    ports: &Ports,
-    launch: &Launch,
-) -> Result<Server, LaunchError> {
+async fn launch_once(sandbox: &Sandbox, tasks: &Tasks, ports: &Ports, launch: &Launch) -> Result<Server, LaunchError> {
     let port = ports.take().ok_or(LaunchError::NoPort)?;
     let args = ["serve", "--port", &port.number.to_string(), "--hostname", "127.0.0.1", "--print-logs"];
     let mut process = sandbox
@@ -165,10 +160,13 @@ async fn launch_once(
     let wait = async {
         tokio::select! {
             // The sender goes with the pipe; then only the process's end is left to hear of.
-            port = async { match heard.wait_for(Option::is_some).await {
-                Ok(port) => *port,
-                Err(_) => std::future::pending().await,
-            }} => Ok(port),
+            port = async {
+                let port = heard.wait_for(Option::is_some).await.map(|port| *port);
+                match port {
+                    Ok(port) => port,
+                    Err(_) => std::future::pending().await,
+                }
+            } => Ok(port),
             exit = process.exited() => Err(Some(exit)),
             () = launch.stop.cancelled() => Err(None),
         }
@@ -253,7 +251,8 @@ pub fn find_command(configured: Option<&Path>, path: Option<OsString>, near: &Pa
             false => Err(format!("OPENCODE_COMMAND names {}, which is no executable file", command.display())),
         };
     }
-    let in_path = std::env::split_paths(&path.unwrap_or_default()).map(|dir| dir.join("opencode"));
+    let path = path.unwrap_or_default();
+    let in_path = std::env::split_paths(&path).map(|dir| dir.join("opencode"));
     let modules = near.join("sidecars/opencode-server/node_modules");
     let arch = if cfg!(target_arch = "aarch64") { "arm64" } else { "x64" };
     let packaged = modules.join(format!("opencode-linux-{arch}/bin/opencode"));

@@ -185,7 +185,8 @@ mod tests {
     #[test]
     fn the_broker_knows_better_what_the_provider_said() {
         let error = NamedError { name: "APIError".into(), data: json!({"message":"x"}) };
-        let seen = Failure { retry_after: Some(7), ..Failure::new(Reason::ModelError, "model_rate_limited", "slow down") };
+        let seen =
+            Failure { retry_after: Some(7), ..Failure::new(Reason::ModelError, "model_rate_limited", "slow down") };
         let model = ModelEvidence { last_error: Some(seen.clone()), exhausted: None };
         let evidence = Evidence { error: Some(&error), model, ..Evidence::default() };
         assert_eq!(decide(&evidence), Verdict::Failed(seen));

@@ -14,8 +14,21 @@ pub const PROVIDER_ID: &str = "sidecar";
 
 /// OpenCode's tools, as of 1.18.33. What a task does not enable is denied by name.
 pub const TOOLS: &[&str] = &[
-    "bash", "edit", "glob", "grep", "list", "patch", "question", "read", "skill", "task", "todoread", "todowrite",
-    "webfetch", "websearch", "write",
+    "bash",
+    "edit",
+    "glob",
+    "grep",
+    "list",
+    "patch",
+    "question",
+    "read",
+    "skill",
+    "task",
+    "todoread",
+    "todowrite",
+    "webfetch",
+    "websearch",
+    "write",
 ];
 
 /// Everything that a process is started with and that cannot change while it lives.
@@ -184,7 +197,13 @@ pub fn environment(
     set("OPENCODE_CONFIG_CONTENT", config.to_string().into());
     set("OPENCODE_CLIENT", "opencode-sidecar".into());
     for what in [
-        "AUTOUPDATE", "MODELS_FETCH", "LSP_DOWNLOAD", "DEFAULT_PLUGINS", "SHARE", "PROJECT_CONFIG", "EXTERNAL_SKILLS",
+        "AUTOUPDATE",
+        "MODELS_FETCH",
+        "LSP_DOWNLOAD",
+        "DEFAULT_PLUGINS",
+        "SHARE",
+        "PROJECT_CONFIG",
+        "EXTERNAL_SKILLS",
         "CLAUDE_CODE",
     ] {
         set(&format!("OPENCODE_DISABLE_{what}"), "1".into());
@@ -245,9 +264,8 @@ mod tests {
     #[test]
     fn the_environment_is_made_and_not_inherited() {
         let dirs = Directories::new("/state/s1".into());
-        let env = environment(&dirs, &json!({}), "pw", "http://b/shell", "tok", |name| {
-            Some(format!("host-{name}").into())
-        });
+        let env =
+            environment(&dirs, &json!({}), "pw", "http://b/shell", "tok", |name| Some(format!("host-{name}").into()));
         let names: Vec<_> = env.iter().map(|(n, _)| n.to_str().unwrap()).collect();
         for name in ["OPENCODE_API_KEY", "DATABASE_URL", "OPENCODE_SHARED_SECRET", "HTTP_PROXY"] {
             assert!(!names.contains(&name), "{name}");

@@ -185,9 +185,18 @@ impl Translator {
                 "context_compacted",
                 "The conversation was summed up to fit the model's context.",
             )),
-            "permission.replied" | "question.replied" | "question.rejected" | "message.removed"
-            | "message.part.removed" | "session.created" | "session.updated" | "session.deleted" | "session.diff"
-            | "session.status" | "session.idle" | "file.edited" => Step::default(),
+            "permission.replied"
+            | "question.replied"
+            | "question.rejected"
+            | "message.removed"
+            | "message.part.removed"
+            | "session.created"
+            | "session.updated"
+            | "session.deleted"
+            | "session.diff"
+            | "session.status"
+            | "session.idle"
+            | "file.edited" => Step::default(),
             _ => Step::event(
                 NewEvent::new(EventType::Opencode, json!({ "type": event.kind, "properties": properties }))
                     .severity(Severity::Debug),
@@ -227,7 +236,10 @@ impl Translator {
 
     fn flush_error(&mut self) -> Option<NewEvent> {
         let error = self.pending_error.take()?;
-        Some(NewEvent::error(&super::outcome::error_code(&error.name), &error.message(), false, None).severity(Severity::Warn))
+        Some(
+            NewEvent::error(&super::outcome::error_code(&error.name), &error.message(), false, None)
+                .severity(Severity::Warn),
+        )
     }
 
     fn part_updated(&mut self, properties: &Value) -> Step {
@@ -307,7 +319,10 @@ impl Translator {
                 let mut event = NewEvent::log(
                     Severity::Warn,
                     "model_retry",
-                    &format!("The model failed ({cause}); attempt {attempt} follows in {:.1} s.", wait_ms as f64 / 1000.0),
+                    &format!(
+                        "The model failed ({cause}); attempt {attempt} follows in {:.1} s.",
+                        wait_ms as f64 / 1000.0
+                    ),
                 );
                 event.data["attempt"] = json!(attempt);
                 event.data["wait_ms"] = json!(wait_ms);

@@ -216,8 +216,10 @@ impl ProcessHandle {
     /// Waits for a level. The sender goes away before only together with the whole runtime.
     async fn reached(&self, level: impl FnMut(&State) -> bool) -> State {
         let mut state = self.state.clone();
-        match state.wait_for(level).await {
-            Ok(state) => state.clone(),
+        // Cloned first: the guard must not be held over the other branch's wait.
+        let reached = state.wait_for(level).await.map(|state| state.clone());
+        match reached {
+            Ok(state) => state,
             Err(_) => pending().await,
         }
     }

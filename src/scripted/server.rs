@@ -68,7 +68,7 @@ impl Shared {
         }
     }
 
-    fn record(&self, parts: &hyper::http::request::Parts, body: &Bytes) {
+    fn record(&self, parts: &http::request::Parts, body: &Bytes) {
         let is_credential = |name: &str| name == "authorization" || name == "x-api-key";
         let text = |value: &header::HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
         let (secret, headers): (Vec<_>, Vec<_>) = parts

@@ -1,7 +1,7 @@
 //! Warm sessions: started and primed ahead, for tasks that run on the default model in the workspace itself.
 
-use super::session::{Session, Wanted};
 use super::Sessions;
+use super::session::{Session, Wanted};
 use crate::model::SessionId;
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};

@@ -6,7 +6,7 @@
 
 use super::session::Session;
 use super::shell::Shells;
-use crate::broker::{Exhausted, Facts, ShellCall};
+use crate::broker::{Exhausted, Facts, Outcome, Report, ShellCall};
 use crate::events::Writer;
 use crate::model::event::{EventType, NewEvent, Severity};
 use crate::model::{Reason, Task, Usage};
@@ -14,6 +14,7 @@ use crate::opencode::client::{ClientError, EventStream, Prompt};
 use crate::opencode::outcome::{Evidence, Failure, ModelEvidence, Verdict, decide, decide_at_last};
 use crate::opencode::translate::{Signal, Step, Translator};
 use crate::opencode::wire::{MessageInfo, RawEvent};
+use crate::telemetry::ModelCallOutcome;
 use chrono::Utc;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use serde_json::json;
@@ -102,16 +103,17 @@ impl Run<'_> {
     async fn prepare(&self, session: &Session) -> Result<(EventStream, String), Failure> {
         let unresponsive = |error: ClientError| {
             tracing::warn!(error = &error as &dyn std::error::Error, "OpenCode does not take the task");
-            Failure::new(Reason::OpencodeUnresponsive, "opencode_unresponsive", format!("OpenCode does not take the task: {error}."))
+            Failure::new(
+                Reason::OpencodeUnresponsive,
+                "opencode_unresponsive",
+                format!("OpenCode does not take the task: {error}."),
+            )
         };
         let stream = session.client.events().await.map_err(unresponsive)?;
         let conversation = session.client.create_session(self.title).await.map_err(unresponsive)?;
         let text = self.task.prompt_text();
-        let prompt = Prompt {
-            text: &text,
-            agent: self.task.agent.as_deref(),
-            system: self.task.system_prompt.as_deref(),
-        };
+        let prompt =
+            Prompt { text: &text, agent: self.task.agent.as_deref(), system: self.task.system_prompt.as_deref() };
         session.client.prompt(&conversation, &prompt).await.map_err(unresponsive)?;
         Ok((stream, conversation))
     }
@@ -233,7 +235,10 @@ impl<'a> State<'a> {
                     Ok(None) => Some(Err(self.lost_stream("it ended").await)),
                     Err(error) => Some(Err(self.lost_stream(&error.to_string()).await)),
                 },
-                _ = tick.tick() => self.look_at_the_clock(&facts.borrow().clone(), output.borrow().last).await,
+                _ = tick.tick() => {
+                    let (facts, last_output) = (facts.borrow().clone(), output.borrow().last);
+                    self.look_at_the_clock(&facts, last_output).await
+                }
             };
             if let Some(result) = step {
                 break Some(result);
@@ -263,7 +268,10 @@ impl<'a> State<'a> {
         let Step { events, signal, shell_started, tool_ended } =
             self.translator.translate(event, Utc::now().timestamp_millis());
         let told = events.iter().any(|e| {
-            matches!(e.kind, EventType::ToolCall | EventType::ToolResult | EventType::Todo | EventType::File | EventType::Usage)
+            matches!(
+                e.kind,
+                EventType::ToolCall | EventType::ToolResult | EventType::Todo | EventType::File | EventType::Usage
+            )
         });
         if event.session_id().is_some() {
             self.last_sign = Instant::now();
@@ -321,7 +329,11 @@ impl<'a> State<'a> {
                 if let Err(error) = self.session.client.refuse_permission(&request_id).await {
                     tracing::warn!(error = &error as &dyn std::error::Error, "a permission could not be refused");
                 }
-                self.answered(EventType::Permission, json!({ "request_id": request_id, "reply": "reject", "by": "sidecar" })).await;
+                self.answered(
+                    EventType::Permission,
+                    json!({ "request_id": request_id, "reply": "reject", "by": "sidecar" }),
+                )
+                .await;
             }
             Signal::QuestionAsked { request_id } => {
                 if let Err(error) = self.session.client.reject_question(&request_id).await {
@@ -413,7 +425,10 @@ impl<'a> State<'a> {
             return Some(Err(Failure::new(
                 Reason::Stalled,
                 "stalled",
-                format!("Nothing happened for {} s: no tool ran and no call of the model.", settings.stall_timeout.as_secs()),
+                format!(
+                    "Nothing happened for {} s: no tool ran and no call of the model.",
+                    settings.stall_timeout.as_secs()
+                ),
             )));
         }
         None
@@ -424,6 +439,15 @@ impl<'a> State<'a> {
         let facts = self.session.lease.facts();
         let model_calls = facts.borrow().calls;
         Usage { input_tokens, output_tokens, model_calls, cost, ..Usage::default() }
+    }
+}
+
+fn outcome_of(report: &Report) -> ModelCallOutcome {
+    match &report.outcome {
+        Outcome::Finished(_) => ModelCallOutcome::Ok,
+        Outcome::Failed(error) if error.http_status.is_some() => ModelCallOutcome::Refused,
+        Outcome::Failed(_) => ModelCallOutcome::Failed,
+        Outcome::Abandoned => ModelCallOutcome::Cancelled,
     }
 }
 
@@ -454,9 +478,9 @@ fn model_evidence(facts: &Facts) -> ModelEvidence {
             "total_tokens",
             "The task has used up its tokens (limits.total_tokens).",
         ),
-        Exhausted::Failures => last_error.clone().unwrap_or_else(|| {
-            Failure::new(Reason::ModelError, "model_error", "The model failed too often in a row.")
-        }),
+        Exhausted::Failures => last_error
+            .clone()
+            .unwrap_or_else(|| Failure::new(Reason::ModelError, "model_error", "The model failed too often in a row.")),
     });
     ModelEvidence { last_error, exhausted }
 }

@@ -94,11 +94,7 @@ pub struct Session {
 
 impl Session {
     /// Starts one; primed, it has loaded its providers and plugins already.
-    pub(super) async fn start(
-        shared: &Arc<Shared>,
-        wanted: Wanted,
-        prime: Option<()>,
-    ) -> Result<Self, SessionError> {
+    pub(super) async fn start(shared: &Arc<Shared>, wanted: Wanted, prime: Option<()>) -> Result<Self, SessionError> {
         let settings = &shared.settings;
         let model = &wanted.profile.model;
         let endpoint = url::Url::parse(&model.endpoint).map_err(SessionError::Endpoint)?;
@@ -150,7 +146,8 @@ impl Session {
         };
         let client = Client::new(server.port.number(), password, &wanted.workdir.to_string_lossy());
         let client = client.map_err(SessionError::Client)?;
-        let session = Self { shared: Arc::clone(shared), wanted, server, client, lease, directories, warm: prime.is_some() };
+        let session =
+            Self { shared: Arc::clone(shared), wanted, server, client, lease, directories, warm: prime.is_some() };
         if prime.is_some()
             && let Err(error) = session.prime().await
         {

@@ -1,9 +1,9 @@
 //! The one integration test binary.
 
-mod embedded;
-mod sandbox;
-mod tap;
 mod broker;
 mod edge;
+mod embedded;
+mod sandbox;
 mod store;
 mod support;
+mod tap;
