@@ -1,0 +1,73 @@
+# What there is to do here. Each target does its own set-up, and nothing twice. `make` lists them.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test lint bench sqlx-prepare clean need-rust need-npm
+
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+# The queries are checked against .sqlx; `sqlx-prepare` alone asks a database.
+export SQLX_OFFLINE := true
+
+CARGO_DENY := 0.20.2
+
+# A heading, so that a long run shows where it is.
+step = @printf '\n\033[1m== %s\033[0m\n' '$(1)'
+
+help: ## List these targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
+
+setup: need-npm ## Bring the pinned OpenCode and ripgrep, and a Postgres server where none is installed
+	@scripts/with-setup
+
+demo: need-rust need-npm ## Run one real task in a real OpenCode, and show all of it
+	$(call step,Set-up)
+	@scripts/with-setup
+	$(call step,Release build)
+	@cargo build --locked --release
+	@scripts/with-setup $(TARGET)/release/opencode-sidecar demo 2> >(grep -v '^setup-' >&2)
+
+test: need-rust need-npm ## Run every check and all tests: what has to pass
+	$(call step,Set-up)
+	@scripts/with-setup
+	@$(MAKE) --no-print-directory lint
+	$(call step,Tests)
+	@scripts/with-setup cargo test --locked
+
+lint: need-rust need-npm ## Check format, lints, dependencies and the compiled queries
+	$(call step,Format)
+	@cargo fmt --check || { echo 'make: run cargo fmt' >&2; exit 1; }
+	$(call step,Clippy)
+	@cargo clippy --locked --all-targets -- -D warnings
+	$(call step,Queries)
+	@scripts/sqlx-prepare --check
+	$(call step,Dependencies)
+	@PATH="$$PWD/target/tools/bin:$$PATH"; \
+	if [[ $$(cargo deny --version 2>/dev/null) != 'cargo-deny $(CARGO_DENY)' ]]; then \
+	    echo 'Building cargo-deny $(CARGO_DENY), once'; \
+	    cargo install --locked --debug --quiet --root target/tools --version $(CARGO_DENY) cargo-deny; \
+	fi; \
+	cargo deny --locked check --hide-inclusion-graph bans licenses sources
+
+bench: need-rust need-npm ## Measure, both sides in one run
+	$(call step,Set-up)
+	@scripts/with-setup
+	$(call step,Benchmarks)
+	@scripts/with-setup cargo bench --locked --bench '*'
+
+sqlx-prepare: need-rust need-npm ## Write .sqlx again, after a change of a query or a migration
+	@scripts/sqlx-prepare
+
+clean: need-rust ## Remove everything that was built or brought
+	@cargo clean
+	@rm -rf target sidecars/*/node_modules
+
+need-rust:
+	@if ! cargo --version >/dev/null 2>&1; then \
+	    echo 'make: Rust is missing: install 1.95 or later with https://rustup.rs' >&2; exit 1; fi
+	@if ! command -v cc >/dev/null; then \
+	    echo 'make: a C compiler is missing: apt-get install build-essential' >&2; exit 1; fi
+
+need-npm:
+	@if ! command -v npm >/dev/null || ! command -v node >/dev/null; then \
+	    echo 'make: npm is missing: apt-get install npm, or Node 18 or later from https://nodejs.org' >&2; exit 1; fi
