@@ -1,4 +1,77 @@
-//! pending map
+//! Runs coding tasks in real OpenCode processes, streams what happens, and keeps the history in Postgres.
+//!
+//! # The map
+//!
+//! From the ground up. A module uses only what stands above it in this table; which of them exactly, is written in
+//! `tests/it/tidy.rs`, which fails for any other import.
+//!
+//! | layer | module | what it does |
+//! |---|---|---|
+//! | pure | [`model`] | ids, tasks, events, the state machine of an execution |
+//! | base | [`tasks`] | spawns, tracks and ends every concurrent piece of work |
+//! | | [`secrets`] | makes random tokens |
+//! | | [`telemetry`] | log and metrics |
+//! | | [`config`] | the environment, read once |
+//! | owners of I/O | [`sandbox`] | processes: the jail, the proof that nothing is left, the shell tap |
+//! | | [`workspace`] | the one door to paths that come from outside |
+//! | | [`store`] | Postgres: migrations, queries, the embedded server |
+//! | services | [`events`] | the log of each execution: one way in, one way out |
+//! | | [`opencode`] | starts `opencode serve`, talks to it, understands what it says |
+//! | | [`broker`] | stands between a session and its model; holds the key, counts the calls |
+//! | orchestration | [`sessions`] | one OpenCode process each, and one run in it after another |
+//! | | [`executions`] | takes in, queues, runs, cancels, ends, forgets |
+//! | edges | [`api`] | HTTP: requests into calls, results into answers, logs into streams |
+//! | | [`console`] | shows a run at a terminal |
+//! | | [`scripted`] | the scripted model for demo, tests and benchmarks; it knows nothing of the rest |
+//! | wiring | [`app`] | builds every part once, and takes it down again |
+//! | | [`demo`] | one real task for a person to watch: a client of an [`app`] of its own |
+//! | | [`cli`] | the subcommands |
+//!
+//! # What holds
+//!
+//! Each of these says what is *not* there. A lint (`Cargo.toml`, `clippy.toml`) or `tests/it/tidy.rs` holds the ones
+//! marked with ∎.
+//!
+//! - **Imports go downward.** No module knows who uses it. ∎
+//! - **[`model`] is pure.** No runtime, no I/O, no clock: the time is an argument.
+//! - **A status is decided in one place**, [`model::execution::apply`]. [`executions`] carries out its effects;
+//!   [`store`] keeps what it is handed and names the status that it replaces. Nothing else makes one up, and a lost
+//!   process is never a success.
+//! - **A stream is a cursor over the log.** REST pages, SSE and WebSocket read it by `seq` through
+//!   [`events::Events::read`]. No event is in a channel to a reader, so there is no buffer per reader and nothing to
+//!   drop. What tells readers that there is more, carries none.
+//! - **What a reader saw is durable.** There is no other way into the log than [`events::Writer`], and it shows an
+//!   event only after the commit point.
+//! - **Only [`tasks`] spawns.** There is no `tokio::spawn`, no thread and no `JoinSet` anywhere else, so nothing runs
+//!   that a shutdown does not wait for. ∎
+//! - **Only [`sandbox`] starts processes and holds `unsafe`.** No other module has a `Command` to run. ∎
+//! - **Only [`store`] knows SQL.** No `sqlx` type leaves it. ∎
+//! - **Only [`api`] decides what a caller is answered with.** Errors below it know no status codes; [`broker`],
+//!   [`scripted`] and the client in [`opencode`] have those of the calls that they speak themselves. ∎
+//! - **A session has no secret that is worth anything elsewhere.** The provider's key is in [`broker`] alone; not in
+//!   the environment, the files or the arguments of a process.
+//! - **No path from outside is compared as a string.** [`workspace`] resolves it beneath a directory handle.
+//! - **No secret is in a `Debug`, a log line or an error.** They are `SecretString`s until the moment of use.
+//! - **Only `main` decides the exit code**, apart from the jail and the tap, which end as what they ran. ∎
+//!
+//! # Where to look first
+//!
+//! | to see | look at |
+//! |---|---|
+//! | what a caller may send | [`model::request`], then `executions::admit`, which checks it |
+//! | how an execution changes its status | [`model::execution`] |
+//! | one execution from its turn to its last event | `executions::owner`, and for what OpenCode does meanwhile `sessions::run` |
+//! | how an OpenCode event becomes one of ours | [`opencode::translate`] |
+//! | why a run ended as it did | [`opencode::outcome`] |
+//! | what OpenCode is configured with | [`opencode::profile`] |
+//! | where an event becomes durable | `events::commit` |
+//! | how shell output gets here | [`sandbox::tap`], then [`sandbox::frames`] and `sessions::shell` |
+//! | how processes are ended, and how that is known | `sandbox::process`, [`sandbox::jail`] |
+//! | which routes there are | [`api::openapi`], and the handlers in [`api::tasks`] and [`api::stream`] |
+//! | which error has which status | [`api::problem`] |
+//! | which variables there are | [`config`], and [`config::reference`] |
+//! | the tables | `migrations/` |
+
 pub mod api;
 pub mod app;
 pub mod broker;

@@ -7,3 +7,4 @@ mod sandbox;
 mod store;
 mod support;
 mod tap;
+mod tidy;
