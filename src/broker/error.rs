@@ -117,8 +117,13 @@ impl ModelError {
     /// The status that OpenCode gets for it; it repeats a call that got 408, 409, 429 or 5xx.
     pub(super) fn status(&self) -> StatusCode {
         if let Some(status) = self.http_status {
-            // A redirection would be followed.
-            let status = if status < 400 { 400 } else { status };
+            let status = match status {
+                // A redirection would be followed.
+                ..400 => 400,
+                // A quota that is used up does not come back while OpenCode waits.
+                429 if !self.transient => 402,
+                status => status,
+            };
             return StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_GATEWAY);
         }
         match self.code {

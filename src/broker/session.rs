@@ -42,7 +42,7 @@ impl Exhausted {
         }
     }
 
-    pub(super) fn code(self) -> &'static str {
+    fn code(self) -> &'static str {
         match self {
             Self::ModelCalls | Self::TotalTokens => "budget_exceeded",
             Self::Failures => "model_error",
@@ -83,6 +83,24 @@ impl Facts {
             exhausted: None,
         }
     }
+
+    /// What further calls are told, where there may be none.
+    fn refusal(&self) -> Option<Refusal> {
+        let exhausted = self.exhausted?;
+        let last = self.last_error.as_ref().filter(|_| exhausted == Exhausted::Failures);
+        let message = match last {
+            Some(error) => format!("{}, the last one because {error}", exhausted.message()),
+            None => exhausted.message().to_owned(),
+        };
+        Some(Refusal { code: exhausted.code(), message })
+    }
+}
+
+/// Why a call may not be: what OpenCode is told.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    pub(super) code: &'static str,
+    pub(super) message: String,
 }
 
 /// How a call ended.
@@ -184,7 +202,7 @@ impl Session {
     }
 
     /// Counts a call, or says why there may be none.
-    pub(super) fn admit(self: &Arc<Self>, slot: OwnedSemaphorePermit) -> Result<Call, Exhausted> {
+    pub(super) fn admit(self: &Arc<Self>, slot: OwnedSemaphorePermit) -> Result<Call, Refusal> {
         let control = self.control();
         let mut admitted = Ok(0);
         self.facts.send_modify(|facts| {
@@ -199,11 +217,9 @@ impl Session {
             } else {
                 None
             };
-            admitted = match exhausted {
-                Some(exhausted) => {
-                    facts.exhausted = Some(exhausted);
-                    Err(exhausted)
-                }
+            facts.exhausted = exhausted;
+            admitted = match facts.refusal() {
+                Some(refusal) => Err(refusal),
                 None => {
                     facts.calls += 1;
                     facts.in_flight += 1;
@@ -285,9 +301,10 @@ impl Call {
         self.settle(outcome);
     }
 
-    /// The call has failed.
-    pub(super) fn fail(&mut self, error: ModelError) {
+    /// The call has failed. Where that was one failure too many it says what OpenCode is to be told instead.
+    pub(super) fn fail(&mut self, error: ModelError) -> Option<Refusal> {
         self.settle(Outcome::Failed(error));
+        if self.session.control().epoch == self.epoch { self.session.facts.borrow().refusal() } else { None }
     }
 
     fn settle(&mut self, outcome: Outcome) {

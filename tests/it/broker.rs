@@ -228,6 +228,13 @@ async fn every_refusal_of_the_provider_is_typed_and_keeps_its_status() {
             true,
         ),
         (json!({"status": 429, "headers": {"retry-after-ms": "2500"}}), 429, "model_rate_limited", Some(3), true),
+        (
+            json!({"status": 429, "body": {"error": {"message": "x", "type": "insufficient_quota"}}}),
+            402,
+            "model_rate_limited",
+            None,
+            false,
+        ),
         (json!({"status": 500}), 500, "model_unavailable", None, true),
         (json!({"status": 503, "headers": {"retry-after": "1"}}), 503, "model_unavailable", Some(1), true),
         (json!({"status": 529}), 529, "model_unavailable", None, true),
@@ -374,6 +381,22 @@ async fn failures_in_a_row_end_it() {
     assert_eq!(error(response).await["code"], "model_error");
     assert_eq!(world.facts().last_error.unwrap().code, "model_unfinished");
     assert_eq!(world.model.calls(), 3);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn the_failure_that_is_one_too_many_is_told_as_such() {
+    let world =
+        World::with(BrokerConfig { max_failures: 2, ..BrokerConfig::default() }, Provider::Custom, PLENTY).await;
+    let step = json!({"status": 500, "headers": {"retry-after": "60"}});
+    assert_eq!(world.chat(step.clone()).send().await.unwrap().status(), 500);
+    let response = world.chat(step).send().await.unwrap();
+    assert_eq!(response.status(), 400);
+    assert!(response.headers().get("retry-after").is_none());
+    let message = "too many calls of the model failed in a row, the last one because the model provider is not \
+        available (HTTP 500): this error is in the script";
+    assert_eq!(error(response).await["message"], message);
+    assert_eq!(world.facts().exhausted, Some(Exhausted::Failures));
     world.end().await;
 }
 
