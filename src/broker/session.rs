@@ -33,7 +33,7 @@ pub enum Exhausted {
 }
 
 impl Exhausted {
-    /// A sentence for the user.
+    /// A sentence for the user. No word in it makes OpenCode repeat the call.
     pub fn message(self) -> &'static str {
         match self {
             Self::ModelCalls => "the execution has used up the model calls that it was allowed",
@@ -42,7 +42,7 @@ impl Exhausted {
         }
     }
 
-    fn code(self) -> &'static str {
+    pub(super) fn code(self) -> &'static str {
         match self {
             Self::ModelCalls | Self::TotalTokens => "budget_exceeded",
             Self::Failures => "model_error",
@@ -83,24 +83,6 @@ impl Facts {
             exhausted: None,
         }
     }
-
-    /// What further calls are told, where there may be none.
-    fn refusal(&self) -> Option<Refusal> {
-        let exhausted = self.exhausted?;
-        let last = self.last_error.as_ref().filter(|_| exhausted == Exhausted::Failures);
-        let message = match last {
-            Some(error) => format!("{}, the last one because {error}", exhausted.message()),
-            None => exhausted.message().to_owned(),
-        };
-        Some(Refusal { code: exhausted.code(), message })
-    }
-}
-
-/// Why a call may not be: what OpenCode is told.
-#[derive(Debug)]
-pub(super) struct Refusal {
-    pub(super) code: &'static str,
-    pub(super) message: String,
 }
 
 /// How a call ended.
@@ -202,7 +184,7 @@ impl Session {
     }
 
     /// Counts a call, or says why there may be none.
-    pub(super) fn admit(self: &Arc<Self>, slot: OwnedSemaphorePermit) -> Result<Call, Refusal> {
+    pub(super) fn admit(self: &Arc<Self>, slot: OwnedSemaphorePermit) -> Result<Call, Exhausted> {
         let control = self.control();
         let mut admitted = Ok(0);
         self.facts.send_modify(|facts| {
@@ -218,8 +200,8 @@ impl Session {
                 None
             };
             facts.exhausted = exhausted;
-            admitted = match facts.refusal() {
-                Some(refusal) => Err(refusal),
+            admitted = match exhausted {
+                Some(exhausted) => Err(exhausted),
                 None => {
                     facts.calls += 1;
                     facts.in_flight += 1;
@@ -302,9 +284,9 @@ impl Call {
     }
 
     /// The call has failed. Where that was one failure too many it says what OpenCode is to be told instead.
-    pub(super) fn fail(&mut self, error: ModelError) -> Option<Refusal> {
+    pub(super) fn fail(&mut self, error: ModelError) -> Option<Exhausted> {
         self.settle(Outcome::Failed(error));
-        if self.session.control().epoch == self.epoch { self.session.facts.borrow().refusal() } else { None }
+        if self.session.control().epoch == self.epoch { self.session.facts.borrow().exhausted } else { None }
     }
 
     fn settle(&mut self, outcome: Outcome) {
@@ -355,9 +337,11 @@ impl Call {
 
 impl Drop for Call {
     fn drop(&mut self) {
-        // A client may close as soon as it has the finish reason: that call was a good one.
-        let finish = self.observer.as_ref().and_then(Observer::finish).map(str::to_owned);
-        self.settle(finish.map_or(Outcome::Abandoned, Outcome::Finished));
+        // A client may close as soon as it has the finish reason: that call has ended.
+        if self.observer.as_ref().is_some_and(|observer| observer.finish().is_some()) {
+            self.end();
+        }
+        self.settle(Outcome::Abandoned);
     }
 }
 
