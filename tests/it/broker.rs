@@ -269,29 +269,9 @@ async fn read(response: reqwest::Response) -> Result<Bytes, reqwest::Error> {
     response.bytes().await
 }
 
-#[tokio::test]
-async fn broken_answers_are_typed() {
-    let config = BrokerConfig {
-        header_timeout: Duration::from_millis(200),
-        idle_timeout: Duration::from_millis(200),
-        max_failures: 100,
-        ..BrokerConfig::default()
-    };
-    let world = World::with(config, Provider::Custom, PLENTY).await;
-    // The step, the status that OpenCode gets, whether its body is whole, the code.
-    for (step, status, whole, code) in [
-        (json!({"silence": "headers"}), 504, true, "model_timeout"),
-        (json!({"silence": "body"}), 200, false, "model_timeout"),
-        (json!({"text": "one two", "silence": "middle"}), 200, false, "model_timeout"),
-        (json!({"garbage": "text"}), 502, true, "model_bad_response"),
-        (json!({"garbage": "sse"}), 200, true, "model_bad_response"),
-        (json!({"cut": "start"}), 200, false, "model_cut"),
-        (json!({"cut": "text", "text": "one two three"}), 200, false, "model_cut"),
-        (json!({"cut": "tool", "tools": [{"name": "write", "args": {"filePath": "a"}}]}), 200, false, "model_cut"),
-        (json!({"refuse": true}), 502, true, "model_cut"),
-        (json!({"text": "one", "finish": null}), 200, true, "model_unfinished"),
-        (json!({"text": "one", "no_finish": true}), 200, true, "model_unfinished"),
-    ] {
+/// Plays each step in a row: the status that OpenCode gets, whether its body is whole, the code.
+async fn each_is_typed(world: &World, cases: Vec<(Value, u16, bool, &str)>) {
+    for (step, status, whole, code) in cases {
         let shown = step.to_string();
         let before = world.facts().failures_in_a_row;
         let response = world.chat(step).send().await.unwrap();
@@ -301,10 +281,47 @@ async fn broken_answers_are_typed() {
         assert_eq!(facts.last_error.unwrap().code, code, "{shown}");
         assert_eq!(facts.failures_in_a_row, before + 1, "{shown}");
     }
+}
+
+#[tokio::test]
+async fn broken_answers_are_typed() {
+    let world =
+        World::with(BrokerConfig { max_failures: 100, ..BrokerConfig::default() }, Provider::Custom, PLENTY).await;
+    let tools = json!([{"name": "write", "args": {"filePath": "a"}}]);
+    let cases = vec![
+        (json!({"garbage": "text"}), 502, true, "model_bad_response"),
+        (json!({"garbage": "sse"}), 200, true, "model_bad_response"),
+        (json!({"cut": "start"}), 200, false, "model_cut"),
+        (json!({"cut": "text", "text": "one two three"}), 200, false, "model_cut"),
+        (json!({"cut": "tool", "tools": tools}), 200, false, "model_cut"),
+        (json!({"refuse": true}), 502, true, "model_cut"),
+        (json!({"text": "one", "finish": null}), 200, true, "model_unfinished"),
+        (json!({"text": "one", "no_finish": true}), 200, true, "model_unfinished"),
+        (json!({"text": "one", "finish": "error"}), 200, true, "model_unfinished"),
+    ];
+    each_is_typed(&world, cases).await;
     // One good call, and the row is broken.
     read(world.chat(json!({"text": "fine"})).send().await.unwrap()).await.unwrap();
     let facts = world.settled().await;
     assert_eq!((facts.failures_in_a_row, facts.last_error, facts.exhausted), (0, None, None));
+    world.end().await;
+}
+
+#[tokio::test]
+async fn silence_is_typed() {
+    let soon = Duration::from_millis(100);
+    // One clock at a time: the other must not be met on a busy machine.
+    let config = BrokerConfig { header_timeout: soon, ..BrokerConfig::default() };
+    let world = World::with(config, Provider::Custom, PLENTY).await;
+    each_is_typed(&world, vec![(json!({"silence": "headers"}), 504, true, "model_timeout")]).await;
+    world.end().await;
+    let config = BrokerConfig { idle_timeout: soon, ..BrokerConfig::default() };
+    let world = World::with(config, Provider::Custom, PLENTY).await;
+    let cases = vec![
+        (json!({"silence": "body"}), 200, false, "model_timeout"),
+        (json!({"text": "one two", "silence": "middle"}), 200, false, "model_timeout"),
+    ];
+    each_is_typed(&world, cases).await;
     world.end().await;
 }
 
