@@ -7,6 +7,47 @@ use secrecy::{ExposeSecret, SecretString};
 use serde_json::{Value, json};
 use std::time::Duration;
 
+/// What makes OpenCode 1.18 repeat a call, whatever its status, where it stands anywhere in an error body.
+const REPEATED: [&str; 36] = [
+    "429",
+    "500",
+    "502",
+    "503",
+    "504",
+    "524",
+    "rate increased",
+    "rate limit",
+    "rate-limit",
+    "rate_limit",
+    "too many requests",
+    "overloaded",
+    "service unavailable",
+    "service_unavailable",
+    "service-unavailable",
+    "internal error",
+    "internal_error",
+    "server error",
+    "server_error",
+    "server-error",
+    "provider returned",
+    "terminated",
+    "fetch",
+    "network",
+    "upstream connect",
+    "connection",
+    "hang up",
+    "reset before",
+    "getaddrinfo",
+    "timeout",
+    "timed out",
+    "time out",
+    "your request",
+    "resource",
+    "try again",
+    "at capacity",
+];
+/// Words of a call that was too long. OpenCode shortens the conversation then, and must see them.
+const OVERFLOW: [&str; 5] = ["context", "token", "too long", "too large", "maximum"];
 /// Longest quotation of a provider's message, in characters.
 const QUOTE: usize = 300;
 
@@ -54,6 +95,11 @@ impl ModelError {
 
     pub(super) fn unfinished() -> Self {
         Self::new("model_unfinished", true, "the model's answer ended without a finish reason")
+    }
+
+    pub(super) fn unknown_finish(reason: &str) -> Self {
+        let reason = if is_word(reason) { reason } else { "…" };
+        Self::new("model_unfinished", true, format!("the model's answer ended with an unknown finish reason, {reason}"))
     }
 
     pub(super) fn bad_response(what: &str) -> Self {
@@ -114,11 +160,38 @@ impl ModelError {
         Self::new(code, transient, format!("the model provider broke off with an error{separator}{quotation}"))
     }
 
+    /// Message, type and code for OpenCode. It looks for words in them: where repeating the call is of no use they
+    /// are left out.
+    pub(super) fn told(&self, said: &Said) -> (String, String, String) {
+        let or = |word: &str, code: &str| if word.is_empty() { code.to_owned() } else { word.to_owned() };
+        if self.transient {
+            return (self.message.clone(), or(&said.kind, self.code), or(&said.code, self.code));
+        }
+        let code = if self.code == "model_rate_limited" { "model_quota" } else { self.code };
+        let told = (self.message.clone(), or(&said.kind, code), or(&said.code, code));
+        let text = format!("{} {} {}", told.0, told.1, told.2).to_lowercase();
+        let has = |words: &[&str]| words.iter().any(|word| text.contains(word));
+        if has(&OVERFLOW) || !has(&REPEATED) {
+            return told;
+        }
+        let message = match self.code {
+            "model_auth" => "the model provider refused the key",
+            "model_rate_limited" => "the quota at the model provider is used up",
+            _ => "the model provider rejected the call",
+        };
+        (message.to_owned(), code.to_owned(), code.to_owned())
+    }
+
     /// The status that OpenCode gets for it; it repeats a call that got 408, 409, 429 or 5xx.
     pub(super) fn status(&self) -> StatusCode {
         if let Some(status) = self.http_status {
-            // A redirection would be followed.
-            let status = if status < 400 { 400 } else { status };
+            let status = match status {
+                // A redirection would be followed.
+                ..400 => 400,
+                // A quota that is used up does not come back while OpenCode waits.
+                429 if !self.transient => 402,
+                status => status,
+            };
             return StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_GATEWAY);
         }
         match self.code {
@@ -306,6 +379,27 @@ mod tests {
         assert_eq!(Said::read(br#"{"error":"plain"}"#, &key()).message, "plain");
         let refused = ModelError::from_status(StatusCode::UNAUTHORIZED, &HeaderMap::new(), &said, Utc::now());
         assert_eq!(refused.message, "the model provider refused the key (HTTP 401)");
+    }
+
+    #[test]
+    fn what_cannot_get_better_is_told_in_words_that_are_not_repeated() {
+        let told = |status: StatusCode, body: &str| {
+            let said = Said::read(body.as_bytes(), &key());
+            ModelError::from_status(status, &HeaderMap::new(), &said, Utc::now()).told(&said)
+        };
+        let words = |message: &str, kind: &str, code: &str| (message.to_owned(), kind.to_owned(), code.to_owned());
+        assert_eq!(
+            told(StatusCode::TOO_MANY_REQUESTS, r#"{"error":{"message":"quota","type":"insufficient_quota"}}"#),
+            words("the quota at the model provider is used up", "model_quota", "model_quota")
+        );
+        assert_eq!(
+            told(StatusCode::BAD_REQUEST, r#"{"error":"500 is no temperature"}"#),
+            words("the model provider rejected the call", "model_rejected", "model_rejected")
+        );
+        let long = told(StatusCode::BAD_REQUEST, r#"{"error":{"message":"prompt is too long: 215000 tokens"}}"#);
+        assert!(long.0.ends_with("prompt is too long: 215000 tokens"));
+        let limited = told(StatusCode::TOO_MANY_REQUESTS, "{}");
+        assert_eq!((limited.1, limited.2), ("model_rate_limited".to_owned(), "model_rate_limited".to_owned()));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::error::{ModelError, Said};
 use super::observe::{Api, Form, Observer};
 use super::server::refuse;
-use super::session::{Call, Session};
+use super::session::{Call, Exhausted, Session};
 use super::{BrokerConfig, BrokerError, Inner, Upstream, priming};
 use crate::model::task::Provider;
 use axum::body::Body;
@@ -107,10 +107,7 @@ pub(super) async fn forward(
     }
     let mut call = match session.admit(slot) {
         Ok(call) => call,
-        // OpenCode does not repeat a call that got this status.
-        Err(exhausted) => {
-            return refuse(StatusCode::BAD_REQUEST, exhausted.message(), exhausted.code(), exhausted.code());
-        }
+        Err(exhausted) => return refused(exhausted),
     };
     let upstream = &session.upstream;
     if !upstream.model.is_empty() && peek.model != upstream.model {
@@ -205,17 +202,23 @@ fn unanswered(error: &reqwest::Error, endpoint: &Url) -> ModelError {
     ModelError::unreachable(endpoint.host_str().unwrap_or("an endpoint without a host"), detail)
 }
 
+/// OpenCode does not repeat a call that got this status.
+fn refused(exhausted: Exhausted) -> Response<Body> {
+    refuse(StatusCode::BAD_REQUEST, exhausted.message(), exhausted.code(), exhausted.code())
+}
+
 /// Books the call as failed and tells OpenCode, with the provider's own words for the kind of error where it had
-/// some: OpenCode knows a few of them.
+/// some: OpenCode knows a few of them. After one failure too many it is told so at once: it would wait, up to 40 s
+/// and more, only to be refused.
 fn failed(call: &mut Call, error: ModelError, said: &Said) -> Response<Body> {
-    fn or<'a>(word: &'a str, code: &'a str) -> &'a str {
-        if word.is_empty() { code } else { word }
+    if let Some(exhausted) = call.fail(error.clone()) {
+        return refused(exhausted);
     }
-    let mut response = refuse(error.status(), &error.message, or(&said.kind, error.code), or(&said.code, error.code));
+    let (message, kind, code) = error.told(said);
+    let mut response = refuse(error.status(), &message, &kind, &code);
     if let Some(seconds) = error.retry_after {
         response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
     }
-    call.fail(error);
     response
 }
 

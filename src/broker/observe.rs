@@ -17,6 +17,27 @@ pub(super) enum Api {
     Responses,
 }
 
+impl Api {
+    /// Whether OpenCode's client for it knows the finish reason.
+    fn knows(self, finish: &str) -> bool {
+        match self {
+            Self::Chat => matches!(finish, "stop" | "length" | "content_filter" | "tool_calls" | "function_call"),
+            Self::Messages => matches!(
+                finish,
+                "end_turn"
+                    | "stop_sequence"
+                    | "pause_turn"
+                    | "tool_use"
+                    | "max_tokens"
+                    | "refusal"
+                    | "model_context_window_exceeded"
+            ),
+            // "incomplete" comes with a reason of its own.
+            Self::Responses => matches!(finish, "completed" | "incomplete"),
+        }
+    }
+}
+
 /// The form of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Form {
@@ -123,7 +144,8 @@ impl Observer {
             return Err(ModelError::in_stream(&Said::from_json(error, key)));
         }
         if let Some(finish) = &self.finish {
-            return Ok(finish.clone());
+            // OpenCode takes an unknown reason for none, and calls again without end.
+            return if self.api.knows(finish) { Ok(finish.clone()) } else { Err(ModelError::unknown_finish(finish)) };
         }
         if self.skipped && (self.done || self.form == Form::Whole) {
             return Ok(String::new());
@@ -318,6 +340,8 @@ mod tests {
         assert_eq!(verdict(&read(Api::Chat, Form::Stream, &[broken.as_bytes()])), Err("model_bad_response"));
         let unfinished = "data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"\"}]}\n\n";
         assert_eq!(verdict(&read(Api::Chat, Form::Stream, &[unfinished.as_bytes()])), Err("model_unfinished"));
+        let unknown = "data: {\"choices\":[{\"finish_reason\":\"error\"}]}\n\ndata: [DONE]\n\n";
+        assert_eq!(verdict(&read(Api::Chat, Form::Stream, &[unknown.as_bytes()])), Err("model_unfinished"));
         let failed = "data: {\"error\":{\"message\":\"slow down\",\"type\":\"rate_limit_error\"}}\n\n";
         assert_eq!(verdict(&read(Api::Chat, Form::Stream, &[failed.as_bytes()])), Err("model_rate_limited"));
     }

@@ -33,7 +33,7 @@ pub enum Exhausted {
 }
 
 impl Exhausted {
-    /// A sentence for the user.
+    /// A sentence for the user. No word in it makes OpenCode repeat the call.
     pub fn message(self) -> &'static str {
         match self {
             Self::ModelCalls => "the execution has used up the model calls that it was allowed",
@@ -199,11 +199,9 @@ impl Session {
             } else {
                 None
             };
+            facts.exhausted = exhausted;
             admitted = match exhausted {
-                Some(exhausted) => {
-                    facts.exhausted = Some(exhausted);
-                    Err(exhausted)
-                }
+                Some(exhausted) => Err(exhausted),
                 None => {
                     facts.calls += 1;
                     facts.in_flight += 1;
@@ -285,9 +283,10 @@ impl Call {
         self.settle(outcome);
     }
 
-    /// The call has failed.
-    pub(super) fn fail(&mut self, error: ModelError) {
+    /// The call has failed. Where that was one failure too many it says what OpenCode is to be told instead.
+    pub(super) fn fail(&mut self, error: ModelError) -> Option<Exhausted> {
         self.settle(Outcome::Failed(error));
+        if self.session.control().epoch == self.epoch { self.session.facts.borrow().exhausted } else { None }
     }
 
     fn settle(&mut self, outcome: Outcome) {
@@ -338,9 +337,11 @@ impl Call {
 
 impl Drop for Call {
     fn drop(&mut self) {
-        // A client may close as soon as it has the finish reason: that call was a good one.
-        let finish = self.observer.as_ref().and_then(Observer::finish).map(str::to_owned);
-        self.settle(finish.map_or(Outcome::Abandoned, Outcome::Finished));
+        // A client may close as soon as it has the finish reason: that call has ended.
+        if self.observer.as_ref().is_some_and(|observer| observer.finish().is_some()) {
+            self.end();
+        }
+        self.settle(Outcome::Abandoned);
     }
 }
 

@@ -228,6 +228,13 @@ async fn every_refusal_of_the_provider_is_typed_and_keeps_its_status() {
             true,
         ),
         (json!({"status": 429, "headers": {"retry-after-ms": "2500"}}), 429, "model_rate_limited", Some(3), true),
+        (
+            json!({"status": 429, "body": {"error": {"message": "x", "type": "insufficient_quota"}}}),
+            402,
+            "model_rate_limited",
+            None,
+            false,
+        ),
         (json!({"status": 500}), 500, "model_unavailable", None, true),
         (json!({"status": 503, "headers": {"retry-after": "1"}}), 503, "model_unavailable", Some(1), true),
         (json!({"status": 529}), 529, "model_unavailable", None, true),
@@ -239,7 +246,7 @@ async fn every_refusal_of_the_provider_is_typed_and_keeps_its_status() {
         let header = response.headers().get("retry-after").map(|value| value.to_str().unwrap().parse().unwrap());
         assert_eq!(header, retry_after, "{shown}");
         assert!(response.headers().get("set-cookie").is_none() && response.headers().get("location").is_none());
-        assert!(error(response).await["message"].as_str().unwrap().contains("HTTP"));
+        assert!(error(response).await["message"].as_str().unwrap().contains("model provider"));
         let last = world.settled().await.last_error.unwrap();
         assert_eq!((last.code, last.retry_after, last.transient), (code, retry_after, transient), "{shown}");
     }
@@ -262,29 +269,9 @@ async fn read(response: reqwest::Response) -> Result<Bytes, reqwest::Error> {
     response.bytes().await
 }
 
-#[tokio::test]
-async fn broken_answers_are_typed() {
-    let config = BrokerConfig {
-        header_timeout: Duration::from_millis(200),
-        idle_timeout: Duration::from_millis(200),
-        max_failures: 100,
-        ..BrokerConfig::default()
-    };
-    let world = World::with(config, Provider::Custom, PLENTY).await;
-    // The step, the status that OpenCode gets, whether its body is whole, the code.
-    for (step, status, whole, code) in [
-        (json!({"silence": "headers"}), 504, true, "model_timeout"),
-        (json!({"silence": "body"}), 200, false, "model_timeout"),
-        (json!({"text": "one two", "silence": "middle"}), 200, false, "model_timeout"),
-        (json!({"garbage": "text"}), 502, true, "model_bad_response"),
-        (json!({"garbage": "sse"}), 200, true, "model_bad_response"),
-        (json!({"cut": "start"}), 200, false, "model_cut"),
-        (json!({"cut": "text", "text": "one two three"}), 200, false, "model_cut"),
-        (json!({"cut": "tool", "tools": [{"name": "write", "args": {"filePath": "a"}}]}), 200, false, "model_cut"),
-        (json!({"refuse": true}), 502, true, "model_cut"),
-        (json!({"text": "one", "finish": null}), 200, true, "model_unfinished"),
-        (json!({"text": "one", "no_finish": true}), 200, true, "model_unfinished"),
-    ] {
+/// Plays each step in a row: the status that OpenCode gets, whether its body is whole, the code.
+async fn each_is_typed(world: &World, cases: Vec<(Value, u16, bool, &str)>) {
+    for (step, status, whole, code) in cases {
         let shown = step.to_string();
         let before = world.facts().failures_in_a_row;
         let response = world.chat(step).send().await.unwrap();
@@ -294,10 +281,47 @@ async fn broken_answers_are_typed() {
         assert_eq!(facts.last_error.unwrap().code, code, "{shown}");
         assert_eq!(facts.failures_in_a_row, before + 1, "{shown}");
     }
+}
+
+#[tokio::test]
+async fn broken_answers_are_typed() {
+    let world =
+        World::with(BrokerConfig { max_failures: 100, ..BrokerConfig::default() }, Provider::Custom, PLENTY).await;
+    let tools = json!([{"name": "write", "args": {"filePath": "a"}}]);
+    let cases = vec![
+        (json!({"garbage": "text"}), 502, true, "model_bad_response"),
+        (json!({"garbage": "sse"}), 200, true, "model_bad_response"),
+        (json!({"cut": "start"}), 200, false, "model_cut"),
+        (json!({"cut": "text", "text": "one two three"}), 200, false, "model_cut"),
+        (json!({"cut": "tool", "tools": tools}), 200, false, "model_cut"),
+        (json!({"refuse": true}), 502, true, "model_cut"),
+        (json!({"text": "one", "finish": null}), 200, true, "model_unfinished"),
+        (json!({"text": "one", "no_finish": true}), 200, true, "model_unfinished"),
+        (json!({"text": "one", "finish": "error"}), 200, true, "model_unfinished"),
+    ];
+    each_is_typed(&world, cases).await;
     // One good call, and the row is broken.
     read(world.chat(json!({"text": "fine"})).send().await.unwrap()).await.unwrap();
     let facts = world.settled().await;
     assert_eq!((facts.failures_in_a_row, facts.last_error, facts.exhausted), (0, None, None));
+    world.end().await;
+}
+
+#[tokio::test]
+async fn silence_is_typed() {
+    let soon = Duration::from_millis(100);
+    // One clock at a time: the other must not be met on a busy machine.
+    let config = BrokerConfig { header_timeout: soon, ..BrokerConfig::default() };
+    let world = World::with(config, Provider::Custom, PLENTY).await;
+    each_is_typed(&world, vec![(json!({"silence": "headers"}), 504, true, "model_timeout")]).await;
+    world.end().await;
+    let config = BrokerConfig { idle_timeout: soon, ..BrokerConfig::default() };
+    let world = World::with(config, Provider::Custom, PLENTY).await;
+    let cases = vec![
+        (json!({"silence": "body"}), 200, false, "model_timeout"),
+        (json!({"text": "one two", "silence": "middle"}), 200, false, "model_timeout"),
+    ];
+    each_is_typed(&world, cases).await;
     world.end().await;
 }
 
@@ -374,6 +398,22 @@ async fn failures_in_a_row_end_it() {
     assert_eq!(error(response).await["code"], "model_error");
     assert_eq!(world.facts().last_error.unwrap().code, "model_unfinished");
     assert_eq!(world.model.calls(), 3);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn the_failure_that_is_one_too_many_is_told_as_such() {
+    let world =
+        World::with(BrokerConfig { max_failures: 2, ..BrokerConfig::default() }, Provider::Custom, PLENTY).await;
+    let step = json!({"status": 500, "headers": {"retry-after": "60"}});
+    assert_eq!(world.chat(step.clone()).send().await.unwrap().status(), 500);
+    let response = world.chat(step).send().await.unwrap();
+    assert_eq!(response.status(), 400);
+    assert!(response.headers().get("retry-after").is_none());
+    let message = "too many calls of the model failed in a row";
+    assert_eq!(error(response).await["message"], message);
+    let facts = world.facts();
+    assert_eq!((facts.exhausted, facts.last_error.unwrap().code), (Some(Exhausted::Failures), "model_unavailable"));
     world.end().await;
 }
 

@@ -1,0 +1,10 @@
+//! The main job, end to end: a real sidecar drives the real OpenCode. Only the model is scripted.
+
+mod bad_input;
+mod ending;
+mod faults;
+mod life;
+mod main_job;
+mod queue;
+mod secrets;
+mod streams;

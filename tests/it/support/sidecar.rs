@@ -1,0 +1,409 @@
+//! A real sidecar for a test: the binary under test as a process of its own, with a database, a workspace, a state
+//! directory and a scripted model of its own. OpenCode, its tools, Postgres and the kernel are real.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test's own helpers fail like the test")]
+
+use super::postgres::{fresh_database, sandbox};
+use futures_util::StreamExt;
+use opencode_sidecar::opencode::launch::find_command;
+use opencode_sidecar::opencode::sse::Parser;
+use opencode_sidecar::sandbox::{Exit, Process, Signal, Spec};
+use opencode_sidecar::scripted::{Script, ScriptedModel};
+use opencode_sidecar::tasks::Tasks;
+use reqwest::{Method, Response};
+use secrecy::ExposeSecret;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
+
+/// The provider's key that the sidecar has; no session may ever see it.
+pub(crate) const API_KEY: &str = "sk-the-real-key-0123456789abcdef";
+/// Far beyond what anything here takes on a busy machine: a test that meets it is broken.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+
+pub(crate) type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+
+/// Waits for something with the patience of a test.
+pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(PATIENCE, future).await {
+        Ok(value) => value,
+        Err(_) => panic!("not within {PATIENCE:?}: {what}"),
+    }
+}
+
+pub(crate) fn opencode() -> PathBuf {
+    let configured = std::env::var_os("OPENCODE_COMMAND").map(PathBuf::from);
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    find_command(configured.as_deref(), std::env::var_os("PATH"), here).expect("run `make setup` first")
+}
+
+/// What a sidecar is started with; kept so that another can be started on the same.
+#[derive(Clone)]
+pub(crate) struct Setting {
+    pub(crate) env: BTreeMap<String, String>,
+}
+
+pub(crate) struct Sidecar {
+    process: Process,
+    pub(crate) base: String,
+    pub(crate) secret: String,
+    pub(crate) http: reqwest::Client,
+    pub(crate) setting: Setting,
+    tasks: Tasks,
+    log: mpsc::UnboundedReceiver<String>,
+}
+
+/// The places and the model of a test, which outlive its sidecars.
+pub(crate) struct World {
+    pub(crate) workspace: TempDir,
+    pub(crate) state: TempDir,
+    pub(crate) model: ScriptedModel,
+    tasks: Tasks,
+    env: BTreeMap<String, String>,
+}
+
+impl World {
+    pub(crate) async fn new() -> Self {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let workspace = tempfile::Builder::new().prefix("oc-ws-").tempdir().unwrap();
+        let state = tempfile::Builder::new().prefix("oc-st-").tempdir().unwrap();
+        let tasks = Tasks::new();
+        let model = ScriptedModel::start(&tasks, None).await.unwrap();
+        let database = fresh_database().await;
+        let text = |value: &str| value.to_owned();
+        let env = BTreeMap::from([
+            (text("DATABASE_URL"), text(database.url.expose_secret())),
+            (text("WORKSPACE_DIR"), workspace.path().to_str().unwrap().to_owned()),
+            (text("STATE_DIR"), state.path().to_str().unwrap().to_owned()),
+            (text("HOST"), text("127.0.0.1")),
+            (text("PORT"), text("0")),
+            (text("SANDBOX"), text("off")),
+            (text("OPENCODE_SHARED_SECRET"), uuid::Uuid::new_v4().to_string()),
+            (text("OPENCODE_COMMAND"), opencode().to_str().unwrap().to_owned()),
+            (text("OPENCODE_PROVIDER"), text("custom")),
+            (text("OPENCODE_MODEL"), text("scripted-model")),
+            (text("OPENCODE_API_KEY"), text(API_KEY)),
+            (text("OPENCODE_API_ENDPOINT"), model.base_url()),
+            (text("SESSION_PORT_RANGE"), port_range()),
+            (text("MAX_CONCURRENT_TASKS"), text("2")),
+            (text("LOG_LEVEL"), std::env::var("TEST_LOG").unwrap_or_else(|_| text("info"))),
+        ]);
+        Self { workspace, state, model, tasks, env }
+    }
+
+    /// Starts a sidecar here, with some variables changed (an empty value leaves one out).
+    pub(crate) async fn start(&self, changes: &[(&str, &str)]) -> Sidecar {
+        let mut env = self.env.clone();
+        for (name, value) in changes {
+            env.insert((*name).to_owned(), (*value).to_owned());
+        }
+        Sidecar::launch(Setting { env }).await.unwrap_or_else(|log| panic!("the sidecar did not start:\n{log}"))
+    }
+
+    /// Starts one that is expected to end by itself; gives how, and what it wrote.
+    pub(crate) async fn start_in_vain(&self, changes: &[(&str, &str)]) -> String {
+        let mut env = self.env.clone();
+        for (name, value) in changes {
+            env.insert((*name).to_owned(), (*value).to_owned());
+        }
+        match Sidecar::launch(Setting { env }).await {
+            Ok(_) => panic!("it started"),
+            Err(log) => log,
+        }
+    }
+
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.workspace.path().join(name)
+    }
+
+    /// The path of a workspace file as a script's tools name it.
+    pub(crate) fn path(&self, name: &str) -> String {
+        self.workspace.path().canonicalize().unwrap().join(name).to_str().unwrap().to_owned()
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.tasks.shutdown_token().cancel();
+    }
+}
+
+/// A range of ports for the sessions of one sidecar, so that tests side by side do not meet.
+fn port_range() -> String {
+    use std::sync::atomic::{AtomicU16, Ordering};
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = 21_000 + (NEXT.fetch_add(1, Ordering::Relaxed) % 200) * 20;
+    format!("{first}-{}", first + 19)
+}
+
+impl Sidecar {
+    async fn launch(setting: Setting) -> Result<Self, String> {
+        let tasks = Tasks::new();
+        let mut spec = Spec::new("serve", env!("CARGO_BIN_EXE_opencode-sidecar"));
+        spec.args = vec!["serve".into()];
+        let path = std::env::var_os("PATH").unwrap();
+        spec.env = vec![("PATH".into(), path)];
+        spec.env.extend(
+            setting.env.iter().filter(|(_, v)| !v.is_empty()).map(|(n, v)| (OsString::from(n), OsString::from(v))),
+        );
+        spec.cwd = env!("CARGO_MANIFEST_DIR").into();
+        let mut process = sandbox(&tasks).start(spec).await.unwrap();
+        let mut lines = BufReader::new(process.take_stderr().unwrap()).lines();
+        let (sender, log) = mpsc::unbounded_channel();
+        let mut seen = String::new();
+        let address = loop {
+            let line = soon("the sidecar listens, or ends", lines.next_line()).await.unwrap();
+            let Some(line) = line else {
+                let exit = soon("the sidecar's end", process.exited()).await;
+                return Err(format!("{seen}{exit}"));
+            };
+            seen.push_str(&line);
+            seen.push('\n');
+            let parsed: Value = serde_json::from_str(&line).unwrap_or_default();
+            let fields = if parsed["fields"].is_object() { &parsed["fields"] } else { &parsed };
+            if fields["message"] == "listening" {
+                break fields["address"].as_str().unwrap().to_owned();
+            }
+        };
+        tasks.spawn("log", async move {
+            while let Ok(Some(line)) = lines.next_line().await {
+                if std::env::var_os("TEST_LOG").is_some() {
+                    eprintln!("{line}");
+                }
+                let _ = sender.send(line);
+            }
+        });
+        let http = reqwest::Client::builder().no_proxy().build().unwrap();
+        let secret = setting.env["OPENCODE_SHARED_SECRET"].clone();
+        Ok(Self { process, base: format!("http://{address}"), secret, http, setting, tasks, log })
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    pub(crate) fn address(&self) -> &str {
+        self.base.strip_prefix("http://").unwrap()
+    }
+
+    pub(crate) async fn send(&self, method: Method, path: &str, body: Option<Value>) -> (u16, Value) {
+        let mut request = self.http.request(method, format!("{}{path}", self.base)).bearer_auth(&self.secret);
+        if let Some(body) = body {
+            request = request.json(&body);
+        }
+        answer(soon(path, request.send()).await.unwrap()).await
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> Value {
+        let (status, body) = self.send(Method::GET, path, None).await;
+        assert_eq!(status, 200, "{path}: {body}");
+        body
+    }
+
+    pub(crate) async fn post(&self, path: &str, body: Value) -> (u16, Value) {
+        self.send(Method::POST, path, Some(body)).await
+    }
+
+    /// Submits a task that plays the script; more fields may be given. Gives the execution's id.
+    pub(crate) async fn submit_with(&self, script: &Script, more: Value) -> String {
+        let mut body = json!({ "task_id": uuid::Uuid::new_v4(), "prompt": script.to_prompt("Do what the script says.") });
+        for (name, value) in more.as_object().unwrap() {
+            body[name] = value.clone();
+        }
+        let (status, answer) = self.post("/tasks/execute", body).await;
+        assert_eq!(status, 202, "{answer}");
+        answer["execution_id"].as_str().unwrap().to_owned()
+    }
+
+    pub(crate) async fn submit(&self, script: &Script) -> String {
+        self.submit_with(script, json!({})).await
+    }
+
+    pub(crate) async fn status(&self, id: &str) -> Value {
+        self.get(&format!("/tasks/{id}/status")).await
+    }
+
+    /// Follows the stream to its end; gives every event.
+    pub(crate) async fn follow(&self, id: &str) -> Vec<Value> {
+        let mut stream = self.stream(id, 0).await;
+        let mut events = Vec::new();
+        while let Some(event) = stream.next().await {
+            events.push(event);
+        }
+        assert_log(&events);
+        events
+    }
+
+    /// Follows to the end and gives the whole record.
+    pub(crate) async fn finished(&self, id: &str) -> Value {
+        self.follow(id).await;
+        self.get(&format!("/tasks/{id}")).await
+    }
+
+    /// Server-sent events from `after` on.
+    pub(crate) async fn stream(&self, id: &str, after: u64) -> Events {
+        let request = self
+            .http
+            .get(format!("{}/tasks/{id}/stream", self.base))
+            .bearer_auth(&self.secret)
+            .header("accept", "text/event-stream")
+            .header("last-event-id", after.to_string());
+        let response = soon("the stream opens", request.send()).await.unwrap();
+        assert_eq!(response.status(), 200);
+        Events { response, parser: Parser::default(), waiting: Vec::new() }
+    }
+
+    /// A WebSocket with the secret in its header.
+    pub(crate) async fn socket(&self, path: &str) -> Socket {
+        self.socket_with(path, &[("authorization", &format!("Bearer {}", self.secret))]).await
+    }
+
+    pub(crate) async fn socket_with(&self, path: &str, headers: &[(&str, &str)]) -> Socket {
+        let mut request = format!("ws://{}{path}", self.address()).into_client_request().unwrap();
+        for (name, value) in headers {
+            let name = reqwest::header::HeaderName::from_bytes(name.as_bytes()).unwrap();
+            request.headers_mut().insert(name, value.parse().unwrap());
+        }
+        soon("a WebSocket", tokio_tungstenite::connect_async(request)).await.unwrap().0
+    }
+
+    /// A line of the sidecar's log that holds the word.
+    pub(crate) async fn logged(&mut self, word: &str) -> String {
+        loop {
+            let line = soon(word, self.log.recv()).await.unwrap_or_else(|| panic!("never logged: {word}"));
+            if line.contains(word) {
+                return line;
+            }
+        }
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
+    }
+
+    pub(crate) async fn exited(&self) -> Exit {
+        soon("the sidecar's end", self.process.exited()).await
+    }
+
+    /// Ends it with SIGTERM. It must end well, and must have ended everything that it started.
+    pub(crate) async fn stop(self) {
+        assert_eq!(self.descendants(), Vec::<String>::new(), "an idle sidecar runs nothing");
+        self.signal(Signal::Term);
+        let exit = self.exited().await;
+        assert_eq!(exit.code, Some(0), "{exit}");
+        self.tasks.shutdown_token().cancel();
+    }
+
+    /// Every process below the sidecar, as `pid name`.
+    pub(crate) fn descendants(&self) -> Vec<String> {
+        descendants(self.pid())
+    }
+
+    /// OpenCode's processes below it.
+    pub(crate) fn opencodes(&self) -> Vec<u32> {
+        let named = self.descendants().into_iter().filter(|process| process.ends_with(" opencode"));
+        named.map(|process| process.split(' ').next().unwrap().parse().unwrap()).collect()
+    }
+}
+
+/// Every process below `root`, as `pid name`.
+pub(crate) fn descendants(root: u32) -> Vec<String> {
+    let mut parents: BTreeMap<u32, (u32, String)> = BTreeMap::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
+        let (Some(open), Some(close)) = (stat.find('('), stat.rfind(')')) else { continue };
+        let mut rest = stat[close + 1..].split_whitespace();
+        let (state, parent) = (rest.next().unwrap(), rest.next().unwrap().parse().unwrap());
+        // A zombie runs nothing; it waits for its parent to look.
+        if state != "Z" {
+            parents.insert(pid, (parent, stat[open + 1..close].to_owned()));
+        }
+    }
+    let mut found: Vec<u32> = vec![root];
+    let mut at = 0;
+    while let Some(&parent) = found.get(at) {
+        found.extend(parents.iter().filter(|(_, (p, _))| *p == parent).map(|(pid, _)| *pid));
+        at += 1;
+    }
+    found[1..].iter().map(|pid| format!("{pid} {}", parents[pid].1)).collect()
+}
+
+/// Whether a process with a command line that holds the word runs anywhere.
+pub(crate) fn runs(word: &str) -> bool {
+    std::fs::read_dir("/proc").unwrap().flatten().any(|entry| {
+        let Ok(line) = std::fs::read(entry.path().join("cmdline")) else { return false };
+        String::from_utf8_lossy(&line).replace('\0', " ").contains(word)
+    })
+}
+
+/// The events of a whole log: numbered from 1 without a gap, ended by `complete` and nothing after it.
+pub(crate) fn assert_log(events: &[Value]) {
+    for (i, event) in events.iter().enumerate() {
+        assert_eq!(event["seq"], i as u64 + 1, "{event}");
+        assert_eq!(event["type"] == "complete", i + 1 == events.len(), "{event}");
+    }
+}
+
+/// All text of one type, put together.
+pub(crate) fn text_of(events: &[Value], kind: &str) -> String {
+    events.iter().filter(|e| e["type"] == kind).map(|e| e["data"].as_str().unwrap()).collect()
+}
+
+pub(crate) async fn answer(response: Response) -> (u16, Value) {
+    let status = response.status().as_u16();
+    let body = soon("a body", response.bytes()).await.unwrap();
+    (status, serde_json::from_slice(&body).unwrap_or_else(|_| json!(String::from_utf8_lossy(&body))))
+}
+
+/// A stream of server-sent events.
+pub(crate) struct Events {
+    response: Response,
+    parser: Parser,
+    waiting: Vec<String>,
+}
+
+impl Events {
+    pub(crate) async fn next(&mut self) -> Option<Value> {
+        while self.waiting.is_empty() {
+            let chunk = soon("an event", self.response.chunk()).await.unwrap()?;
+            self.parser.push(&chunk, &mut self.waiting).unwrap();
+        }
+        Some(serde_json::from_str(&self.waiting.remove(0)).unwrap())
+    }
+
+    /// Events up to the one that is wanted, and that one.
+    pub(crate) async fn until(&mut self, what: &str, wanted: impl Fn(&Value) -> bool) -> Vec<Value> {
+        let mut events = Vec::new();
+        loop {
+            let event = self.next().await.unwrap_or_else(|| panic!("the stream ended before {what}: {events:#?}"));
+            let found = wanted(&event);
+            events.push(event);
+            if found {
+                return events;
+            }
+        }
+    }
+}
+
+/// The next event or frame of a socket; `Err` with the code where it was closed.
+pub(crate) async fn frame(socket: &mut Socket) -> Result<Value, u16> {
+    loop {
+        match soon("a frame", socket.next()).await {
+            Some(Ok(Message::Text(text))) => return Ok(serde_json::from_str(&text).unwrap()),
+            Some(Ok(Message::Close(close))) => return Err(close.map_or(1005, |close| close.code.into())),
+            Some(Ok(_)) => {}
+            Some(Err(error)) => panic!("{error}"),
+            None => return Err(1006),
+        }
+    }
+}
