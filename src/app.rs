@@ -14,10 +14,10 @@ use crate::events::Events;
 use crate::executions::{Ceilings, Executions};
 use crate::model::SessionId;
 use crate::model::task::ModelChoice;
+use crate::opencode::OPENCODE_VERSION;
 use crate::opencode::launch::{Ports, find_command};
 use crate::opencode::profile::Profile;
-use crate::sandbox::{Sandbox, Spec};
-use crate::secrets::random_token;
+use crate::sandbox::Sandbox;
 use crate::sessions::{Sessions, Wanted};
 use crate::store::{DatabaseOptions, Embedded, EmbeddedError, Store, StoreError};
 use crate::tasks::Tasks;
@@ -28,15 +28,12 @@ use secrecy::SecretString;
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-/// The OpenCode that this version was tested with.
-pub const OPENCODE_VERSION: &str = "1.18.33";
 /// Connections to the database.
 const CONNECTIONS: u32 = 10;
 /// How long the database may be away at the start.
@@ -310,8 +307,6 @@ impl App {
         executions.recover().await?;
         let streams = CancellationToken::new();
         let auth = Auth::new(config.shared_secret.clone(), config.auth_off);
-        let version = Arc::new(OnceLock::new());
-        tasks.spawn("opencode version", find_version(sandbox.clone(), command.clone(), Arc::clone(&version)));
         let readiness = Ready {
             mode: config.sandbox,
             refused,
@@ -321,7 +316,6 @@ impl App {
             executions: executions.clone(),
             workspace,
             command,
-            version,
             sessions: sessions.clone(),
         };
         let readiness = Readiness::new(move || {
@@ -382,28 +376,6 @@ impl App {
     }
 }
 
-/// Asks the executable for its version, once: `/ready` shows it.
-async fn find_version(sandbox: Sandbox, command: PathBuf, version: Arc<OnceLock<String>>) {
-    let Ok(home) = random_token() else { return };
-    // A home of its own that is gone afterwards: even `--version` may write into it.
-    let directory =
-        std::env::temp_dir().join(format!("opencode-version-{}", secrecy::ExposeSecret::expose_secret(&home)));
-    let mut spec = Spec::new("opencode --version", command);
-    spec.args = vec!["--version".into()];
-    let names = ["HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME"];
-    spec.env = names.into_iter().map(|name| (name.into(), directory.clone().into())).collect();
-    let found = match sandbox.run(spec, Duration::from_secs(60)).await {
-        Ok(output) if output.exit.success() => String::from_utf8_lossy(&output.stdout).trim().to_owned(),
-        Ok(output) => format!("`--version` failed ({})", output.exit),
-        Err(error) => format!("`--version` failed ({error})"),
-    };
-    let _ = std::fs::remove_dir_all(directory);
-    if found != OPENCODE_VERSION {
-        tracing::warn!(found, tested = OPENCODE_VERSION, "this is not the OpenCode that this version was tested with");
-    }
-    let _ = version.set(found);
-}
-
 /// What `/ready` looks at.
 #[derive(Clone, Debug)]
 struct Ready {
@@ -415,7 +387,6 @@ struct Ready {
     executions: Executions,
     workspace: Workspace,
     command: PathBuf,
-    version: Arc<OnceLock<String>>,
     sessions: Sessions,
 }
 
@@ -437,14 +408,17 @@ impl Ready {
             Err(why) => checks.failing("database", "failed", Some(&why)),
         };
         let warm = self.sessions.warm();
-        let known = self.version.get().map(String::as_str);
-        checks = match known {
+        checks = match self.sessions.opencode_version() {
             _ if !self.command.exists() => checks.failing("opencode", "failed", Some("the executable is gone")),
             Some(version) if version == OPENCODE_VERSION => {
                 checks.with("opencode", "ok", Some(&format!("{version}, {warm} warm")))
             }
-            Some(other) => checks.with("opencode", "degraded", Some(other)),
-            None => checks.with("opencode", "ok", Some("its version is being asked for")),
+            Some(other) => checks.with(
+                "opencode",
+                "degraded",
+                Some(&format!("{other}; tested is {OPENCODE_VERSION}, {warm} warm")),
+            ),
+            None => checks.with("opencode", "ok", Some("not started yet")),
         };
         checks = match (&self.refused, self.mode) {
             (Some(why), _) => checks.failing("sandbox", "failed", Some(why)),

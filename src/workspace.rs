@@ -70,7 +70,8 @@ impl Workspace {
         self.dir.create_dir_all(relative).map_err(failed)?;
         let canonical = self.dir.canonicalize(relative).map_err(failed)?;
         self.dir.open_dir(&canonical).map_err(failed)?;
-        Ok(self.root.join(canonical))
+        // One spelling: `.` adds nothing to the root.
+        Ok(self.root.join(canonical).components().collect())
     }
 }
 
@@ -90,6 +91,7 @@ mod tests {
         let workspace = Workspace::open(&root).unwrap();
         let canonical = root.canonicalize().unwrap();
         assert_eq!(workspace.workdir(None).unwrap(), canonical);
+        assert_eq!(workspace.workdir(Some(".")).unwrap().as_os_str(), canonical.as_os_str());
         assert_eq!(workspace.workdir(Some("a/b")).unwrap(), canonical.join("a/b"));
         assert!(canonical.join("a/b").is_dir());
         std::os::unix::fs::symlink("a", canonical.join("inside")).unwrap();

@@ -304,7 +304,8 @@ mod tests {
 
     #[test]
     fn every_bad_field_is_named() {
-        let cases: Vec<(&str, Box<dyn FnOnce(&mut Value)>)> = vec![
+        type Change = Box<dyn FnOnce(&mut Value)>;
+        let cases: Vec<(&str, Change)> = vec![
             ("prompt", Box::new(|b| b["prompt"] = json!(""))),
             ("prompt", Box::new(|b| b["prompt"] = json!("x".repeat(21)))),
             ("prompt", Box::new(|b| b["prompt"] = json!("a\0b"))),

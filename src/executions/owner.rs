@@ -9,6 +9,7 @@ use crate::events::Writer;
 use crate::model::event::{NewEvent, Severity};
 use crate::model::execution::{Command, Effect, Rejected, State, apply};
 use crate::model::{ExecutionId, ExecutionRecord, Reason, Usage};
+use crate::opencode::launch::LaunchError;
 use crate::opencode::outcome::Failure;
 use crate::opencode::profile::Profile;
 use crate::sessions::{Ended, Observer, Progress, Run, Session, SessionError, Wanted};
@@ -230,9 +231,19 @@ impl Owner {
                 SessionError::Refused(why) => {
                     Failure::new(Reason::SandboxUnavailable, "sandbox_unavailable", why.clone())
                 }
-                SessionError::Launch(_) | SessionError::Prime(_) | SessionError::PrimeTimeout => {
-                    Failure::new(Reason::OpencodeUnresponsive, "opencode_start_failed", format!("{error}."))
+                SessionError::Launch(LaunchError::Ended { .. }) => {
+                    Failure::new(Reason::OpencodeCrashed, "opencode_start_failed", "OpenCode ended before it listened.")
                 }
+                SessionError::Launch(LaunchError::Timeout { within, .. }) => Failure::new(
+                    Reason::OpencodeUnresponsive,
+                    "opencode_start_failed",
+                    format!("OpenCode did not listen within {} s.", within.as_secs()),
+                ),
+                SessionError::Silent(_) | SessionError::PrimeTimeout => Failure::new(
+                    Reason::OpencodeUnresponsive,
+                    "opencode_start_failed",
+                    "OpenCode started, but does not answer.",
+                ),
                 _ => Failure::new(Reason::Internal, "session_failed", "The session could not be started."),
             }
         })

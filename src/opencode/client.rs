@@ -87,13 +87,19 @@ impl Client {
         serde_json::from_slice(&body).map_err(|source| ClientError::Shape { call, source })
     }
 
-    /// Whether the server answers.
+    /// The version of the server that answers.
     ///
     /// # Errors
     /// [`ClientError`], as for every call here.
-    pub async fn health(&self) -> Result<(), ClientError> {
-        let request = self.request(reqwest::Method::GET, "/global/health").timeout(Duration::from_secs(10));
-        self.call("health", request).await.map(drop)
+    pub async fn version(&self) -> Result<String, ClientError> {
+        #[derive(Deserialize)]
+        struct Health {
+            version: String,
+        }
+        let value = self.call("health", self.request(reqwest::Method::GET, "/global/health")).await?;
+        Health::deserialize(value)
+            .map(|health| health.version)
+            .map_err(|source| ClientError::Shape { call: "health", source })
     }
 
     /// Starts a conversation; gives its id. It has a title, or OpenCode would spend a model call on one.

@@ -13,3 +13,6 @@ pub mod profile;
 pub mod sse;
 pub mod translate;
 pub mod wire;
+
+/// The OpenCode that this version was tested with.
+pub const OPENCODE_VERSION: &str = "1.18.33";

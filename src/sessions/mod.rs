@@ -21,7 +21,7 @@ use crate::sandbox::Sandbox;
 use crate::tasks::Tasks;
 use crate::telemetry::Metrics;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// What sessions are started with.
@@ -62,6 +62,8 @@ struct Shared {
     ports: Ports,
     tasks: Tasks,
     metrics: Metrics,
+    /// As OpenCode itself says it, from the first session on.
+    version: OnceLock<String>,
     pool: pool::Pool,
 }
 
@@ -83,7 +85,18 @@ impl Sessions {
             tracing::warn!(%error, "directories of earlier sessions could not be removed");
         }
         let pool = pool::Pool::new(settings.warm);
-        let sessions = Self { shared: Arc::new(Shared { settings, sandbox, broker, ports, tasks, metrics, pool }) };
+        let sessions = Self {
+            shared: Arc::new(Shared {
+                settings,
+                sandbox,
+                broker,
+                ports,
+                tasks,
+                metrics,
+                version: OnceLock::new(),
+                pool,
+            }),
+        };
         if let Some(wanted) = warm_for
             && sessions.shared.settings.warm > 0
             && sessions.shared.settings.refused.is_none()
@@ -106,6 +119,11 @@ impl Sessions {
             return Ok(session);
         }
         Session::start(&self.shared, wanted, None).await
+    }
+
+    /// The version of OpenCode, once a session has run.
+    pub fn opencode_version(&self) -> Option<&str> {
+        self.shared.version.get().map(String::as_str)
     }
 
     /// How many warm sessions wait.

@@ -207,7 +207,7 @@ impl<'a> State<'a> {
         let mut under_way = FuturesUnordered::new();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let result = loop {
+        loop {
             // The order is the order of precedence: a wish to end goes first, and what the shells wrote is taken in
             // before OpenCode's word that they have ended.
             let step = tokio::select! {
@@ -243,8 +243,7 @@ impl<'a> State<'a> {
             if let Some(result) = step {
                 break Some(result);
             }
-        };
-        result
+        }
     }
 
     /// The stream may break just because the process ended; that is the better thing to say then.

@@ -4,6 +4,7 @@ use super::Shared;
 use crate::broker::{Budget, Grant, Lease, Upstream};
 use crate::model::SessionId;
 use crate::model::task::Limits;
+use crate::opencode::OPENCODE_VERSION;
 use crate::opencode::client::{Client, ClientError, Prompt};
 use crate::opencode::launch::{Launch, LaunchError, Server, launch};
 use crate::opencode::profile::{Directories, Endpoints, Profile, config, environment};
@@ -66,7 +67,7 @@ pub enum SessionError {
     #[error("no client for OpenCode")]
     Client(#[source] reqwest::Error),
     #[error("OpenCode started, but does not answer")]
-    Prime(#[source] ClientError),
+    Silent(#[source] ClientError),
     #[error("OpenCode started, but gave no first answer within {} s", PRIME.as_secs())]
     PrimeTimeout,
 }
@@ -148,9 +149,22 @@ impl Session {
         let client = client.map_err(SessionError::Client)?;
         let session =
             Self { shared: Arc::clone(shared), wanted, server, client, lease, directories, warm: prime.is_some() };
-        if prime.is_some()
-            && let Err(error) = session.prime().await
-        {
+        let ready = async {
+            if shared.version.get().is_none() {
+                let version = session.client.version().await.map_err(SessionError::Silent)?;
+                if version != OPENCODE_VERSION {
+                    tracing::warn!(
+                        version,
+                        tested = OPENCODE_VERSION,
+                        "this OpenCode was not tested with this version"
+                    );
+                }
+                // Another session may have been quicker, with the same executable.
+                let _ = shared.version.set(version);
+            }
+            if prime.is_some() { session.prime().await } else { Ok(()) }
+        };
+        if let Err(error) = ready.await {
             session.end().await;
             return Err(error);
         }
@@ -201,7 +215,7 @@ impl Session {
         };
         let result = tokio::time::timeout(PRIME, work).await;
         self.lease.priming(false);
-        result.map_err(|_| SessionError::PrimeTimeout)?.map_err(SessionError::Prime)
+        result.map_err(|_| SessionError::PrimeTimeout)?.map_err(SessionError::Silent)
     }
 
     /// Ends it in the order that works (OPENCODE.md "Stop"), until it is proven that nothing is left, and removes

@@ -3,6 +3,7 @@
 mod broker;
 mod edge;
 mod embedded;
+mod run;
 mod sandbox;
 mod store;
 mod support;

@@ -12,10 +12,12 @@ fn of<'a>(events: &'a [Value], kind: &str) -> Vec<&'a Value> {
 async fn a_file_is_written_and_everything_is_told() {
     let world = World::new().await;
     let sidecar = world.start(&[]).await;
-    let todos = |status: &str| json!({ "todos": [
-        { "content": "write", "status": "completed", "priority": "high" },
-        { "content": "look", "status": status, "priority": "low" },
-    ]});
+    let todos = |status: &str| {
+        json!({ "todos": [
+            { "content": "write", "status": "completed", "priority": "high" },
+            { "content": "look", "status": status, "priority": "low" },
+        ]})
+    };
     let script = Script::new()
         .tool("todowrite", todos("in_progress"))
         .write(&world.path("hello.txt"), "Hello, file\n")
@@ -136,11 +138,14 @@ async fn two_sessions_do_not_mix() {
     let sidecar = world.start(&[]).await;
     let script = |me: &str, other: &str| {
         Script::new()
-            .bash(&format!("touch at-{me}; until [ -e at-{other} ]; do sleep 0.02; done; for i in $(seq 200); do echo {me}; done"))
+            .bash(&format!(
+                "touch at-{me}; until [ -e at-{other} ]; do sleep 0.02; done; for i in $(seq 200); do echo {me}; done"
+            ))
             .write(&world.path(&format!("{me}.txt")), me)
             .text(me)
     };
-    let (first, second) = (sidecar.submit(&script("anna", "berta")).await, sidecar.submit(&script("berta", "anna")).await);
+    let (first, second) =
+        (sidecar.submit(&script("anna", "berta")).await, sidecar.submit(&script("berta", "anna")).await);
     let (one, two) = tokio::join!(sidecar.follow(&first), sidecar.follow(&second));
     for (events, me, id) in [(&one, "anna", &first), (&two, "berta", &second)] {
         assert_eq!(text_of(events, "stdout"), format!("{me}\n").repeat(200));

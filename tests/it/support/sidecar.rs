@@ -1,7 +1,7 @@
 //! A real sidecar for a test: the binary under test as a process of its own, with a database, a workspace, a state
 //! directory and a scripted model of its own. OpenCode, its tools, Postgres and the kernel are real.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test's own helpers fail like the test")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test's own helpers fail like the test")]
 
 use super::postgres::{fresh_database, sandbox};
 use futures_util::StreamExt;
@@ -46,18 +46,11 @@ pub(crate) fn opencode() -> PathBuf {
     find_command(configured.as_deref(), std::env::var_os("PATH"), here).expect("run `make setup` first")
 }
 
-/// What a sidecar is started with; kept so that another can be started on the same.
-#[derive(Clone)]
-pub(crate) struct Setting {
-    pub(crate) env: BTreeMap<String, String>,
-}
-
 pub(crate) struct Sidecar {
     process: Process,
     pub(crate) base: String,
     pub(crate) secret: String,
     pub(crate) http: reqwest::Client,
-    pub(crate) setting: Setting,
     tasks: Tasks,
     log: mpsc::UnboundedReceiver<String>,
 }
@@ -106,7 +99,7 @@ impl World {
         for (name, value) in changes {
             env.insert((*name).to_owned(), (*value).to_owned());
         }
-        Sidecar::launch(Setting { env }).await.unwrap_or_else(|log| panic!("the sidecar did not start:\n{log}"))
+        Sidecar::launch(env).await.unwrap_or_else(|log| panic!("the sidecar did not start:\n{log}"))
     }
 
     /// Starts one that is expected to end by itself; gives how, and what it wrote.
@@ -115,7 +108,7 @@ impl World {
         for (name, value) in changes {
             env.insert((*name).to_owned(), (*value).to_owned());
         }
-        match Sidecar::launch(Setting { env }).await {
+        match Sidecar::launch(env).await {
             Ok(_) => panic!("it started"),
             Err(log) => log,
         }
@@ -146,15 +139,14 @@ fn port_range() -> String {
 }
 
 impl Sidecar {
-    async fn launch(setting: Setting) -> Result<Self, String> {
+    async fn launch(setting: BTreeMap<String, String>) -> Result<Self, String> {
         let tasks = Tasks::new();
         let mut spec = Spec::new("serve", env!("CARGO_BIN_EXE_opencode-sidecar"));
         spec.args = vec!["serve".into()];
         let path = std::env::var_os("PATH").unwrap();
         spec.env = vec![("PATH".into(), path)];
-        spec.env.extend(
-            setting.env.iter().filter(|(_, v)| !v.is_empty()).map(|(n, v)| (OsString::from(n), OsString::from(v))),
-        );
+        spec.env
+            .extend(setting.iter().filter(|(_, v)| !v.is_empty()).map(|(n, v)| (OsString::from(n), OsString::from(v))));
         spec.cwd = env!("CARGO_MANIFEST_DIR").into();
         let mut process = sandbox(&tasks).start(spec).await.unwrap();
         let mut lines = BufReader::new(process.take_stderr().unwrap()).lines();
@@ -183,8 +175,8 @@ impl Sidecar {
             }
         });
         let http = reqwest::Client::builder().no_proxy().build().unwrap();
-        let secret = setting.env["OPENCODE_SHARED_SECRET"].clone();
-        Ok(Self { process, base: format!("http://{address}"), secret, http, setting, tasks, log })
+        let secret = setting["OPENCODE_SHARED_SECRET"].clone();
+        Ok(Self { process, base: format!("http://{address}"), secret, http, tasks, log })
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -215,7 +207,8 @@ impl Sidecar {
 
     /// Submits a task that plays the script; more fields may be given. Gives the execution's id.
     pub(crate) async fn submit_with(&self, script: &Script, more: Value) -> String {
-        let mut body = json!({ "task_id": uuid::Uuid::new_v4(), "prompt": script.to_prompt("Do what the script says.") });
+        let mut body =
+            json!({ "task_id": uuid::Uuid::new_v4(), "prompt": script.to_prompt("Do what the script says.") });
         for (name, value) in more.as_object().unwrap() {
             body[name] = value.clone();
         }
@@ -276,14 +269,9 @@ impl Sidecar {
         soon("a WebSocket", tokio_tungstenite::connect_async(request)).await.unwrap().0
     }
 
-    /// A line of the sidecar's log that holds the word.
-    pub(crate) async fn logged(&mut self, word: &str) -> String {
-        loop {
-            let line = soon(word, self.log.recv()).await.unwrap_or_else(|| panic!("never logged: {word}"));
-            if line.contains(word) {
-                return line;
-            }
-        }
+    /// What is in the sidecar's log beside what was waited for.
+    pub(crate) fn log_so_far(&mut self) -> Vec<String> {
+        std::iter::from_fn(|| self.log.try_recv().ok()).collect()
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
