@@ -437,7 +437,9 @@ impl Ready {
         checks = checks.with("journal", "off", Some("this version writes to the database before it shows an event"));
         checks = match is_ephemeral(&self.state_dir) {
             Some(false) => checks.with("state", "durable", None),
-            Some(true) => checks.with("state", "ephemeral", Some("STATE_DIR is on no volume: it goes with the container")),
+            Some(true) => {
+                checks.with("state", "ephemeral", Some("STATE_DIR is on no volume: it goes with the container"))
+            }
             None => checks.with("state", "unknown", None),
         };
         checks = match self.auth.state() {
