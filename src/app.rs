@@ -316,6 +316,7 @@ impl App {
             executions: executions.clone(),
             workspace,
             command,
+            state_dir: config.state_dir.clone(),
             sessions: sessions.clone(),
         };
         let readiness = Readiness::new(move || {
@@ -387,7 +388,15 @@ struct Ready {
     executions: Executions,
     workspace: Workspace,
     command: PathBuf,
+    state_dir: PathBuf,
     sessions: Sessions,
+}
+
+/// Whether a directory is on a container's own layer or in memory; `None` where the kernel does not say.
+fn is_ephemeral(directory: &Path) -> Option<bool> {
+    use nix::sys::statfs::{OVERLAYFS_SUPER_MAGIC, TMPFS_MAGIC, statfs};
+    let kind = statfs(directory).ok()?.filesystem_type();
+    Some(kind == OVERLAYFS_SUPER_MAGIC || kind == TMPFS_MAGIC)
 }
 
 impl Ready {
@@ -426,7 +435,13 @@ impl Ready {
             (None, _) => checks.with("sandbox", "degraded", Some("this version has no sandbox yet")),
         };
         checks = checks.with("journal", "off", Some("this version writes to the database before it shows an event"));
-        checks = checks.with("state", "ok", None);
+        checks = match is_ephemeral(&self.state_dir) {
+            Some(false) => checks.with("state", "durable", None),
+            Some(true) => {
+                checks.with("state", "ephemeral", Some("STATE_DIR is on no volume: it goes with the container"))
+            }
+            None => checks.with("state", "unknown", None),
+        };
         checks = match self.auth.state() {
             "ok" => checks.with("auth", "ok", None),
             state => checks.with("auth", state, None),

@@ -361,8 +361,12 @@ impl Executions {
         self.shared.closing.store(true, Ordering::SeqCst);
         let queued = self.shared.lock_admission().drain();
         for (_, queued) in queued {
-            queued.owner.end_now(Reason::Interrupted, "The sidecar shut down before the task's turn came.").await;
-            self.forget(&queued.owner);
+            // Side by side: each waits until it is durable, which takes for ever where the database is away.
+            let service = self.clone();
+            self.shared.tasks.spawn("interrupt", async move {
+                queued.owner.end_now(Reason::Interrupted, "The sidecar shut down before the task's turn came.").await;
+                service.forget(&queued.owner);
+            });
         }
         let running: Vec<_> = self.shared.lock_live().values().cloned().collect();
         for owner in running {

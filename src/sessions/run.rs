@@ -394,6 +394,10 @@ impl<'a> State<'a> {
     }
 
     async fn look_at_the_clock(&mut self, facts: &Facts, last_output: Instant) -> Option<Result<(), Failure>> {
+        if self.run.writer.head().borrow().lost {
+            let message = "The execution's log cannot be written; it ends, since nobody could see what it does.";
+            return Some(Err(Failure::new(Reason::Internal, "log_lost", message)));
+        }
         if self.idle_since.is_some() {
             return self.still_idle().await;
         }

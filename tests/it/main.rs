@@ -3,6 +3,7 @@
 mod broker;
 mod edge;
 mod embedded;
+mod events;
 mod run;
 mod sandbox;
 mod store;

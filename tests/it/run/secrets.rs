@@ -4,19 +4,22 @@ use crate::support::sidecar::{API_KEY, World, text_of};
 use opencode_sidecar::scripted::Script;
 use std::path::Path;
 
-/// What a hostile shell command can look at. The sandbox is another matter: here the agent is its own worst case, and
-/// what it finds is written out, so that the test and not the command does the searching.
+/// What a hostile shell command can look at. The sandbox is another matter: here the agent is its own worst case. It
+/// looks for whatever begins like the key, and for a marker of its own, to show that it would find it.
 const SEARCH: &str = r#"
-env
-for p in $OPENCODE_PID $PPID $$; do tr '\0' '\n' < /proc/$p/environ; tr '\0' ' ' < /proc/$p/cmdline; echo; done
-find "$HOME/.." -type f -size -9000k -print -exec cat {} \; 2>/dev/null
+echo "sk-""the-marker" > "$HOME/marker"
+look() { grep -a -o 'sk-the-[-a-z0-9]*'; }
+{ env; for p in $OPENCODE_PID $PPID $$; do cat /proc/$p/environ /proc/$p/cmdline; done; } | look
+find "$HOME/.." -type f -exec cat {} + 2>/dev/null | look | sort -u
 password=$(tr '\0' '\n' < /proc/$OPENCODE_PID/environ | sed -n 's/^OPENCODE_SERVER_PASSWORD=//p')
 port=$(tr '\0' '\n' < /proc/$OPENCODE_PID/cmdline | sed -n '/^--port$/{n;p}')
 auth=$(printf 'opencode:%s' "$password" | base64 -w0)
-for path in /config /provider /global/config /config/providers; do
+for path in /config /config/providers; do
   exec 3<>/dev/tcp/127.0.0.1/$port
   printf 'GET %s HTTP/1.1\r\nHost: x\r\nAuthorization: Basic %s\r\nConnection: close\r\n\r\n' "$path" "$auth" >&3
-  cat <&3; echo "searched $path"
+  answer=$(timeout 10 cat <&3 | tr -d '\0')
+  echo "$path: ${#password} $(head -n1 <<< "$answer")"
+  look <<< "$answer"
 done
 "#;
 
