@@ -39,7 +39,7 @@ const CONNECTIONS: u32 = 10;
 /// How long the database may be away at the start.
 const DATABASE_WAIT: Duration = Duration::from_secs(60);
 /// How long the streams and connections may take to end.
-const DRAIN: Duration = Duration::from_secs(3);
+const DRAIN: Duration = Duration::from_secs(2);
 
 /// Why the sidecar did not start.
 #[derive(Debug, thiserror::Error)]
@@ -348,25 +348,30 @@ impl App {
         tracing::info!(address = address.map(tracing::field::display), "listening");
         stop.await;
 
-        let deadline = Instant::now() + self.config.shutdown_grace;
-        let left = || deadline.saturating_duration_since(Instant::now());
-        tracing::info!(grace_seconds = self.config.shutdown_grace.as_secs(), "shutting down");
+        // Each step has its share of the grace, so that one that hangs (a database that is away) leaves the others
+        // theirs, and the whole does not take longer than was allowed.
+        let (begun, grace) = (Instant::now(), self.config.shutdown_grace);
+        let until = |share: f64| (begun + grace.mul_f64(share)).saturating_duration_since(Instant::now());
+        tracing::info!(grace_seconds = grace.as_secs(), "shutting down");
         self.streams.cancel();
-        // The last seconds belong to what comes after the executions.
-        let for_executions = left().mul_f64(0.7);
-        let executions = self.executions.shut_down(for_executions).await.err().unwrap_or(0);
-        let flushed = tokio::time::timeout(left(), self.executions.events().flushed()).await;
+        let executions = self.executions.shut_down(until(0.5)).await.err().unwrap_or(0);
+        let flushed = tokio::time::timeout(until(0.6), self.executions.events().flushed()).await;
         let writes = if flushed.is_ok() { 0 } else { self.executions.events().pending() };
         close.cancel();
-        let connections = match tokio::time::timeout(left().max(DRAIN), serving).await {
+        let connections = match tokio::time::timeout(until(0.75), serving).await {
             Ok(Ok(cut)) => cut,
             Ok(Err(_)) | Err(_) => 1,
         };
         self.tasks.shutdown_token().cancel();
-        self.sessions.stop().await;
-        self.database.close().await;
+        let ended = async {
+            self.sessions.stop().await;
+            self.database.close().await;
+        };
+        if tokio::time::timeout(until(0.95), ended).await.is_err() {
+            tracing::error!("warm sessions or the embedded Postgres did not end in time");
+        }
         self.sandbox.sweep_orphans();
-        let tasks = self.tasks.stop(left().max(Duration::from_secs(1))).await.err().unwrap_or(0);
+        let tasks = self.tasks.stop(until(1.0)).await.err().unwrap_or(0);
         let processes = self.sandbox.live();
         drop(self.state);
         if executions + writes + processes + connections + tasks == 0 {

@@ -65,7 +65,7 @@ pub(crate) fn not_found() -> Problem {
 }
 
 pub(crate) fn unavailable(error: StoreError) -> Problem {
-    if error.is_transient() { Problem::unavailable("the database", error) } else { Problem::internal(error) }
+    if error.is_transient() { Problem::unavailable("database", error) } else { Problem::internal(error) }
 }
 
 pub(crate) async fn find(api: &TasksApi, id: ExecutionId) -> Result<View, Problem> {
