@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint bench sqlx-prepare clean need-rust need-npm
+.PHONY: help setup demo test lint bench sqlx-prepare clean run-demo run-tests run-bench need-rust need-npm
 
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 # The queries are checked against .sqlx; `sqlx-prepare` alone asks a database.
@@ -22,17 +22,20 @@ setup: need-npm ## Bring the pinned OpenCode and ripgrep, and a Postgres server 
 
 demo: need-rust need-npm ## Run one real task in a real OpenCode, and show all of it
 	$(call step,Set-up)
-	@scripts/with-setup
+	@scripts/with-setup $(MAKE) --no-print-directory run-demo
+
+run-demo:
 	$(call step,Release build)
 	@cargo build --locked --release
-	@scripts/with-setup $(TARGET)/release/opencode-sidecar demo 2> >(grep -v '^setup-' >&2)
+	@$(TARGET)/release/opencode-sidecar demo
 
 test: need-rust need-npm ## Run every check and all tests: what has to pass
 	$(call step,Set-up)
-	@scripts/with-setup
-	@$(MAKE) --no-print-directory lint
+	@scripts/with-setup $(MAKE) --no-print-directory lint run-tests
+
+run-tests:
 	$(call step,Tests)
-	@scripts/with-setup cargo test --locked
+	@cargo test --locked
 
 lint: need-rust need-npm ## Check format, lints, dependencies and the compiled queries
 	$(call step,Format)
@@ -51,9 +54,11 @@ lint: need-rust need-npm ## Check format, lints, dependencies and the compiled q
 
 bench: need-rust need-npm ## Measure, both sides in one run
 	$(call step,Set-up)
-	@scripts/with-setup
+	@scripts/with-setup $(MAKE) --no-print-directory run-bench
+
+run-bench:
 	$(call step,Benchmarks)
-	@scripts/with-setup cargo bench --locked --bench '*'
+	@cargo bench --locked --bench '*'
 
 sqlx-prepare: need-rust need-npm ## Write .sqlx again, after a change of a query or a migration
 	@scripts/sqlx-prepare
