@@ -39,18 +39,18 @@ run-tests:
 
 lint: need-rust need-npm ## Check format, lints, dependencies and the compiled queries
 	$(call step,Format)
-	@cargo fmt --check || { echo 'make: run cargo fmt' >&2; exit 1; }
+	@cargo fmt --check || { echo 'make: the format is not that of cargo fmt, or it could not run' >&2; exit 1; }
 	$(call step,Clippy)
 	@cargo clippy --locked --all-targets -- -D warnings
 	$(call step,Queries)
 	@scripts/sqlx-prepare --check
 	$(call step,Dependencies)
 	@PATH="$$PWD/target/tools/bin:$$PATH"; \
-	if [[ $$(cargo deny --version 2>/dev/null) != 'cargo-deny $(CARGO_DENY)' ]]; then \
+	if [[ $$(cargo-deny --version 2>/dev/null) != 'cargo-deny $(CARGO_DENY)' ]]; then \
 	    echo 'Building cargo-deny $(CARGO_DENY), once'; \
 	    cargo install --locked --debug --quiet --root target/tools --version $(CARGO_DENY) cargo-deny; \
 	fi; \
-	cargo deny --locked check --hide-inclusion-graph bans licenses sources
+	cargo-deny --locked check --hide-inclusion-graph bans licenses sources
 
 bench: need-rust need-npm ## Measure, both sides in one run
 	$(call step,Set-up)
