@@ -15,7 +15,7 @@ pub use admit::{Ceilings, FieldError};
 use crate::events::{Events, Head};
 use crate::model::event::NewEvent;
 use crate::model::request::TaskRequest;
-use crate::model::{ExecutionId, ExecutionRecord, Reason, SessionId, Status, Task, Usage};
+use crate::model::{ExecutionId, ExecutionRecord, Reason, Status, Task};
 use crate::sessions::Sessions;
 use crate::store::{Cursor, HistoryFilter, Store, StoreError};
 use crate::tasks::Tasks;
@@ -188,25 +188,8 @@ impl Executions {
 
     async fn take_in(&self, task: Task, api_key: SecretString) -> Result<Arc<ExecutionRecord>, SubmitError> {
         let settings = &self.shared.settings;
-        let record = ExecutionRecord {
-            id: ExecutionId::new(),
-            project_id: settings.project.clone(),
-            owner: settings.owner,
-            session_id: SessionId::new(),
-            task,
-            status: Status::Pending,
-            reason: None,
-            progress: None,
-            last_seq: 0,
-            created_at: Utc::now(),
-            started_at: None,
-            completed_at: None,
-            paused_ms: 0,
-            protections: settings.protections.clone(),
-            final_message: None,
-            files_modified: Vec::new(),
-            usage: Usage::default(),
-        };
+        let record =
+            ExecutionRecord::new(&settings.project, settings.owner, task, settings.protections.clone(), Utc::now());
         let owner = self.adopt(record.clone());
         let seq = owner.writer.append(NewEvent::status(Status::Pending, None, None)).await;
         let stored = tokio::time::timeout(SUBMIT_TIMEOUT, owner.writer.committed(seq)).await;

@@ -51,6 +51,29 @@ pub struct ExecutionRecord {
 }
 
 impl ExecutionRecord {
+    /// A new execution that waits for its turn, with ids of its own.
+    pub fn new(project_id: &str, owner: Uuid, task: Task, protections: Vec<String>, now: DateTime<Utc>) -> Self {
+        Self {
+            id: ExecutionId::new(),
+            project_id: project_id.to_owned(),
+            owner,
+            session_id: SessionId::new(),
+            task,
+            status: Status::Pending,
+            reason: None,
+            progress: None,
+            last_seq: 0,
+            created_at: now,
+            started_at: None,
+            completed_at: None,
+            paused_ms: 0,
+            protections,
+            final_message: None,
+            files_modified: Vec::new(),
+            usage: Usage::default(),
+        }
+    }
+
     /// Time on its own clock, in milliseconds; `None` before it started.
     pub fn duration_ms(&self, now: DateTime<Utc>) -> Option<u64> {
         let started = self.started_at?;

@@ -118,7 +118,7 @@ impl Sessions {
         if let Some(session) = self.shared.pool.claim(&wanted) {
             return Ok(session);
         }
-        Session::start(&self.shared, wanted, None).await
+        Session::start(&self.shared, wanted, false).await
     }
 
     /// The version of OpenCode, once a session has run.

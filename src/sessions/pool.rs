@@ -86,7 +86,7 @@ pub(super) async fn fill(sessions: Sessions, wanted: Wanted) {
         let mut pause = CHECK;
         if shared.pool.ready() < shared.pool.size {
             let wanted = Wanted { id: SessionId::new(), ..wanted.clone() };
-            match Session::start(shared, wanted, Some(())).await {
+            match Session::start(shared, wanted, true).await {
                 Ok(session) => {
                     tracing::info!("a warm session is ready");
                     if let Some(session) = shared.pool.put(session) {

@@ -94,8 +94,8 @@ pub struct Session {
 }
 
 impl Session {
-    /// Starts one; primed, it has loaded its providers and plugins already.
-    pub(super) async fn start(shared: &Arc<Shared>, wanted: Wanted, prime: Option<()>) -> Result<Self, SessionError> {
+    /// Starts one. A `warm` one is primed: it has loaded its providers and plugins already.
+    pub(super) async fn start(shared: &Arc<Shared>, wanted: Wanted, warm: bool) -> Result<Self, SessionError> {
         let settings = &shared.settings;
         let model = &wanted.profile.model;
         let endpoint = url::Url::parse(&model.endpoint).map_err(SessionError::Endpoint)?;
@@ -147,8 +147,7 @@ impl Session {
         };
         let client = Client::new(server.port.number(), password, &wanted.workdir.to_string_lossy());
         let client = client.map_err(SessionError::Client)?;
-        let session =
-            Self { shared: Arc::clone(shared), wanted, server, client, lease, directories, warm: prime.is_some() };
+        let session = Self { shared: Arc::clone(shared), wanted, server, client, lease, directories, warm };
         let ready = async {
             if shared.version.get().is_none() {
                 let version = session.client.version().await.map_err(SessionError::Silent)?;
@@ -162,7 +161,7 @@ impl Session {
                 // Another session may have been quicker, with the same executable.
                 let _ = shared.version.set(version);
             }
-            if prime.is_some() { session.prime().await } else { Ok(()) }
+            if warm { session.prime().await } else { Ok(()) }
         };
         if let Err(error) = ready.await {
             session.end().await;

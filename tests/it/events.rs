@@ -1,12 +1,14 @@
 //! The log: one way in, one way out, no seam between memory and the database, on a real Postgres.
 
+#![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
+
 use crate::support::postgres::fresh_database;
 use crate::support::sidecar::soon;
 use chrono::Utc;
 use opencode_sidecar::events::{Events, ReadQuery};
 use opencode_sidecar::model::event::{EventType, NewEvent, Severity};
 use opencode_sidecar::model::task::{Limits, ModelChoice, Provider};
-use opencode_sidecar::model::{ExecutionId, ExecutionRecord, Reason, SessionId, Status, Task, TaskId, Usage};
+use opencode_sidecar::model::{ExecutionId, ExecutionRecord, Reason, Status, Task, TaskId, Usage};
 use opencode_sidecar::store::Store;
 use opencode_sidecar::tasks::Tasks;
 use opencode_sidecar::telemetry::Metrics;
@@ -22,38 +24,21 @@ fn record() -> ExecutionRecord {
         enabled_tools: None,
     };
     let limits = Limits { output_bytes: 1, model_calls: 1, total_tokens: 1 };
-    ExecutionRecord {
-        id: ExecutionId::new(),
-        project_id: "p".into(),
-        owner: uuid::Uuid::now_v7(),
-        session_id: SessionId::new(),
-        task: Task {
-            task_id: TaskId::new(),
-            prompt: Some("x".into()),
-            code: None,
-            context: None,
-            session_id: None,
-            model,
-            system_prompt: None,
-            agent: None,
-            workdir: None,
-            timeout_seconds: 1,
-            limits,
-            metadata: None,
-        },
-        status: Status::Pending,
-        reason: None,
-        progress: None,
-        last_seq: 0,
-        created_at: Utc::now(),
-        started_at: None,
-        completed_at: None,
-        paused_ms: 0,
-        protections: Vec::new(),
-        final_message: None,
-        files_modified: Vec::new(),
-        usage: Usage::default(),
-    }
+    let task = Task {
+        task_id: TaskId::new(),
+        prompt: Some("x".into()),
+        code: None,
+        context: None,
+        session_id: None,
+        model,
+        system_prompt: None,
+        agent: None,
+        workdir: None,
+        timeout_seconds: 1,
+        limits,
+        metadata: None,
+    };
+    ExecutionRecord::new("p", uuid::Uuid::now_v7(), task, Vec::new(), Utc::now())
 }
 
 async fn log() -> (Events, Tasks) {

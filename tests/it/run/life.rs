@@ -1,12 +1,29 @@
 //! The sidecar's own life: its end, its sudden end, and its start after either.
 
-use crate::support::sidecar::{World, assert_log, frame, runs, soon, text_of};
+use crate::support::sidecar::{Sidecar, World, assert_log, frame, runs, soon, text_of};
 use opencode_sidecar::sandbox::Signal;
 use opencode_sidecar::scripted::Script;
 use serde_json::{Value, json};
 
 fn long(mark: &str) -> Script {
     Script::new().bash(&format!("echo on; (setsid sleep {mark} &); sleep {mark}")).text("never reached")
+}
+
+async fn all_interrupted(sidecar: &Sidecar, ids: [&str; 2]) {
+    for id in ids {
+        let record = sidecar.get(&format!("/tasks/{id}")).await;
+        assert_eq!((&record["status"], &record["reason"]), (&json!("failed"), &json!("interrupted")), "{record:#}");
+    }
+}
+
+/// Reads on where a reader was: with what it saw before, the log is whole.
+async fn resume(sidecar: &Sidecar, id: &str, seen: &mut Vec<Value>) {
+    let after = seen.last().map_or(0, |event| event["seq"].as_u64().unwrap_or(0));
+    let mut stream = sidecar.stream(id, after).await;
+    while let Some(event) = stream.next().await {
+        seen.push(event);
+    }
+    assert_log(seen);
 }
 
 #[tokio::test]
@@ -34,16 +51,8 @@ async fn sigterm_ends_everything_in_order() {
 
     // The next life knows how it ended, and the reader goes on where it was.
     let sidecar = world.start(&[]).await;
-    for id in [&running, &waiting] {
-        let record = sidecar.get(&format!("/tasks/{id}")).await;
-        assert_eq!((&record["status"], &record["reason"]), (&json!("failed"), &json!("interrupted")), "{record:#}");
-    }
-    let after = seen.last().unwrap()["seq"].as_u64().unwrap();
-    let mut stream = sidecar.stream(&running, after).await;
-    while let Some(event) = stream.next().await {
-        seen.push(event);
-    }
-    assert_log(&seen);
+    all_interrupted(&sidecar, [&running, &waiting]).await;
+    resume(&sidecar, &running, &mut seen).await;
     sidecar.stop().await;
 }
 
@@ -67,16 +76,8 @@ async fn sigkill_leaves_no_process_and_the_next_start_tells_the_truth() {
     .await;
 
     let sidecar = world.start(&[]).await;
-    for id in [&running, &waiting] {
-        let record = sidecar.get(&format!("/tasks/{id}")).await;
-        assert_eq!((&record["status"], &record["reason"]), (&json!("failed"), &json!("interrupted")), "{record:#}");
-    }
-    let after = seen.last().unwrap()["seq"].as_u64().unwrap();
-    let mut stream = sidecar.stream(&running, after).await;
-    while let Some(event) = stream.next().await {
-        seen.push(event);
-    }
-    assert_log(&seen);
+    all_interrupted(&sidecar, [&running, &waiting]).await;
+    resume(&sidecar, &running, &mut seen).await;
     assert_eq!(text_of(&seen, "stdout"), "on\n");
     assert_eq!(std::fs::read_dir(world.state.path().join("sessions")).map_or(0, Iterator::count), 0);
 
