@@ -3,6 +3,7 @@
 mod broker;
 mod edge;
 mod embedded;
+mod golden;
 mod sandbox;
 mod store;
 mod support;
