@@ -8,6 +8,8 @@
 //! - it only repeats or prepares what others say (`message.updated`, `session.updated`, `session.diff`,
 //!   heartbeats …), or it is not about a session of this run at all (`plugin.added`, `catalog.updated` …): no event;
 //! - anything else about a session of this run: `opencode`, word for word.
+//!
+//! What is about a sub-agent has the sub-agent's session beside it, as `subagent`.
 
 use super::wire::{MessageInfo, NamedError, Part, RawEvent, Tokens};
 use crate::model::event::{EventType, NewEvent, Severity};
@@ -59,6 +61,15 @@ enum PartKind {
     Reasoning,
 }
 
+/// A text that is being written.
+#[derive(Clone, Debug)]
+struct OpenText {
+    part: String,
+    session: String,
+    kind: PartKind,
+    text: String,
+}
+
 #[derive(Clone, Debug, Default)]
 struct ToolCall {
     announced: bool,
@@ -73,12 +84,14 @@ pub struct Translator {
     children: HashSet<String>,
     workdir: String,
     roles: HashMap<String, String>,
-    parts: HashMap<String, PartKind>,
-    finished_parts: HashSet<String>,
+    /// Texts that have begun and not ended, in the order in which they began.
+    texts: Vec<OpenText>,
+    finished_texts: HashSet<String>,
     tools: HashMap<String, ToolCall>,
+    /// Calls that run now and their tools, in the order in which they began.
+    running: Vec<(String, String)>,
     spent: BTreeMap<String, (Tokens, f64)>,
     files: Vec<String>,
-    current_tool: Option<String>,
     progress: Option<u8>,
     final_text: Option<String>,
     pending_error: Option<NamedError>,
@@ -93,12 +106,12 @@ impl Translator {
             children: HashSet::new(),
             workdir: workdir.trim_end_matches('/').to_owned(),
             roles: HashMap::new(),
-            parts: HashMap::new(),
-            finished_parts: HashSet::new(),
+            texts: Vec::new(),
+            finished_texts: HashSet::new(),
             tools: HashMap::new(),
+            running: Vec::new(),
             spent: BTreeMap::new(),
             files: Vec::new(),
-            current_tool: None,
             progress: None,
             final_text: None,
             pending_error: None,
@@ -107,7 +120,7 @@ impl Translator {
 
     /// The tool that runs now; the one that began last where several do.
     pub fn current_tool(&self) -> Option<&str> {
-        self.current_tool.as_deref()
+        self.running.last().map(|(_, tool)| tool.as_str())
     }
 
     /// 0–100 from the to-do list; `None` before there is one.
@@ -115,7 +128,7 @@ impl Translator {
         self.progress
     }
 
-    /// The agent's last finished text.
+    /// The agent's last finished text; a sub-agent's is none.
     pub fn final_text(&self) -> Option<&str> {
         self.final_text.as_deref()
     }
@@ -127,15 +140,33 @@ impl Translator {
 
     /// Whether a tool is running.
     pub fn tool_running(&self) -> bool {
-        self.tools.values().any(|tool| tool.announced && !tool.ended)
+        !self.running.is_empty()
     }
 
     /// The tools that were announced and have no result yet.
     pub fn open_tools(&self) -> Vec<String> {
-        let mut open: Vec<_> =
-            self.tools.iter().filter(|(_, t)| t.announced && !t.ended).map(|(id, _)| id.clone()).collect();
-        open.sort();
-        open
+        self.running.iter().map(|(id, _)| id.clone()).collect()
+    }
+
+    /// Ends the texts that were begun and will not be ended, because the model or the run broke off: their readers get
+    /// what there was of each, as final, with `abandoned` beside it.
+    pub fn abandon_texts(&mut self) -> Vec<NewEvent> {
+        self.abandon(|_| true)
+    }
+
+    fn abandon(&mut self, which: impl Fn(&OpenText) -> bool) -> Vec<NewEvent> {
+        let (broken, open) = std::mem::take(&mut self.texts).into_iter().partition(which);
+        self.texts = open;
+        let broken: Vec<OpenText> = broken;
+        broken
+            .into_iter()
+            .map(|OpenText { part, session, kind, text }| {
+                let data = json!({ "part_id": part, "text": text, "final": true });
+                self.finished_texts.insert(part);
+                let event = NewEvent::new(kind.event_type(), data).with("abandoned", true);
+                if session == self.root { event } else { event.with("subagent", session) }
+            })
+            .collect()
     }
 
     /// An error that OpenCode reported and after which it has not gone on.
@@ -172,12 +203,12 @@ impl Translator {
         let subagent = (!is_root).then(|| session.to_owned());
         let mut step = match event.kind.as_str() {
             "message.updated" => self.message_updated(properties, is_root),
-            "message.part.updated" => self.part_updated(properties),
+            "message.part.updated" => self.part_updated(properties, session),
             "message.part.delta" => self.part_delta(properties),
-            "session.status" if is_root => self.status(properties, now_ms),
+            "session.status" => self.status(properties, session, now_ms),
             "session.idle" if is_root => Step::signal(Signal::Idle),
             "session.error" => self.error(properties, is_root),
-            "todo.updated" if is_root => self.todo(properties),
+            "todo.updated" => self.todo(properties, is_root),
             "permission.asked" => permission_asked(properties),
             "question.asked" => question_asked(properties),
             "session.compacted" => Step::event(NewEvent::log(
@@ -194,7 +225,6 @@ impl Translator {
             | "session.updated"
             | "session.deleted"
             | "session.diff"
-            | "session.status"
             | "session.idle"
             | "file.edited" => Step::default(),
             _ => Step::event(
@@ -224,7 +254,11 @@ impl Translator {
         let Ok(info) = MessageInfo::deserialize(&properties["info"]) else { return Step::default() };
         let mut step = Step::default();
         if info.role == "assistant" {
-            self.spent.insert(info.id.clone(), (info.tokens, info.cost));
+            let spent = (info.tokens, info.cost);
+            // The message says what its step has cost only after the step's last part.
+            if self.spent.insert(info.id.clone(), spent).unwrap_or_default() != spent {
+                step.events.push(self.usage_so_far());
+            }
             // An error was not the end when a new answer of the model begins after it.
             if is_root && info.time.completed.is_none() && info.error.is_none() && !self.roles.contains_key(&info.id) {
                 step.events.extend(self.flush_error());
@@ -242,16 +276,15 @@ impl Translator {
         )
     }
 
-    fn part_updated(&mut self, properties: &Value) -> Step {
+    fn part_updated(&mut self, properties: &Value, session: &str) -> Step {
         let Ok(part) = Part::deserialize(&properties["part"]) else { return Step::default() };
         if self.roles.get(&part.message_id).is_some_and(|role| role == "user") {
             return Step::default();
         }
         match part.kind.as_str() {
-            "text" => self.text_part(&part, PartKind::Text),
-            "reasoning" => self.text_part(&part, PartKind::Reasoning),
+            "text" => self.text_part(&part, PartKind::Text, session),
+            "reasoning" => self.text_part(&part, PartKind::Reasoning, session),
             "tool" => self.tool_part(&part),
-            "step-finish" => Step::event(self.usage_so_far()),
             _ => Step::default(),
         }
     }
@@ -262,12 +295,20 @@ impl Translator {
             .severity(Severity::Debug)
     }
 
-    fn text_part(&mut self, part: &Part, kind: PartKind) -> Step {
-        self.parts.insert(part.id.clone(), kind);
-        if part.time.end.is_none() || !self.finished_parts.insert(part.id.clone()) {
+    fn text_part(&mut self, part: &Part, kind: PartKind, session: &str) -> Step {
+        if self.finished_texts.contains(&part.id) {
             return Step::default();
         }
-        if kind == PartKind::Text && !part.text.is_empty() {
+        if part.time.end.is_none() {
+            if !self.texts.iter().any(|open| open.part == part.id) {
+                let (part, session) = (part.id.clone(), session.to_owned());
+                self.texts.push(OpenText { part, session, kind, text: String::new() });
+            }
+            return Step::default();
+        }
+        self.texts.retain(|open| open.part != part.id);
+        self.finished_texts.insert(part.id.clone());
+        if session == self.root && kind == PartKind::Text && !part.text.is_empty() {
             self.final_text = Some(part.text.clone());
         }
         let data = json!({ "part_id": part.id, "text": part.text, "final": true });
@@ -278,11 +319,13 @@ impl Translator {
         let (Some(part), Some(delta)) = (properties["partID"].as_str(), properties["delta"].as_str()) else {
             return Step::default();
         };
-        let Some(kind) = self.parts.get(part).filter(|_| properties["field"] == "text") else {
+        let open = self.texts.iter_mut().find(|open| open.part == part);
+        let Some(open) = open.filter(|_| properties["field"] == "text") else {
             return Step::default();
         };
+        open.text.push_str(delta);
         let data = json!({ "part_id": part, "delta": delta });
-        Step::event(NewEvent::new(kind.event_type(), data))
+        Step::event(NewEvent::new(open.kind.event_type(), data))
     }
 
     fn tool_part(&mut self, part: &Part) -> Step {
@@ -294,24 +337,24 @@ impl Translator {
             call.announced = true;
             let data = json!({ "call_id": part.id, "tool": part.tool, "args": state.input });
             step.events.push(NewEvent::new(EventType::ToolCall, data));
-            self.current_tool = Some(part.tool.clone());
+            self.running.push((part.id.clone(), part.tool.clone()));
             if let (false, "bash", Some(command)) = (ended, part.tool.as_str(), state.input["command"].as_str()) {
                 step.shell_started = Some((part.id.clone(), command.to_owned()));
             }
         }
         if ended && !call.ended {
             call.ended = true;
-            self.current_tool = None;
+            self.running.retain(|(id, _)| *id != part.id);
             step.events.push(tool_result(part));
             step.tool_ended = Some(part.id.clone());
         }
         step
     }
 
-    fn status(&mut self, properties: &Value, now_ms: i64) -> Step {
+    fn status(&mut self, properties: &Value, session: &str, now_ms: i64) -> Step {
         let status = &properties["status"];
         match status["type"].as_str() {
-            Some("busy") => Step::signal(Signal::Busy),
+            Some("busy") if session == self.root => Step::signal(Signal::Busy),
             Some("retry") => {
                 let wait_ms = status["next"].as_i64().map_or(0, |next| (next - now_ms).max(0));
                 let attempt = status["attempt"].as_u64().unwrap_or(0);
@@ -320,13 +363,16 @@ impl Translator {
                     Severity::Warn,
                     "model_retry",
                     &format!(
-                        "The model failed ({cause}); attempt {attempt} follows in {:.1} s.",
+                        "The model failed ({cause}); retry {attempt} follows in {:.1} s.",
                         wait_ms as f64 / 1000.0
                     ),
                 );
                 event.data["attempt"] = json!(attempt);
                 event.data["wait_ms"] = json!(wait_ms);
-                Step { events: vec![event], signal: Some(Signal::Retry { wait_ms }), ..Step::default() }
+                // The retry writes everything anew, in parts of its own.
+                let mut events = self.abandon(|open| open.session == session);
+                events.push(event);
+                Step { events, signal: Some(Signal::Retry { wait_ms }), ..Step::default() }
             }
             // `session.idle` follows at once and is the one that counts.
             _ => Step::default(),
@@ -340,12 +386,16 @@ impl Translator {
             let event = NewEvent::error(&code, &error.message(), false, None).severity(Severity::Warn);
             return Step::event(event);
         }
+        // It may be said again in more words, when the run is idle already (OPENCODE.md "Traps").
+        if self.pending_error.as_ref().is_some_and(|e| e.name == error.name && error.message().contains(&e.message())) {
+            return Step::signal(Signal::Error(error));
+        }
         let events = self.flush_error().into_iter().collect();
         self.pending_error = Some(error.clone());
         Step { events, signal: Some(Signal::Error(error)), ..Step::default() }
     }
 
-    fn todo(&mut self, properties: &Value) -> Step {
+    fn todo(&mut self, properties: &Value, is_root: bool) -> Step {
         let items: Vec<Value> = properties["todos"]
             .as_array()
             .into_iter()
@@ -354,10 +404,13 @@ impl Translator {
             .collect();
         let counted: Vec<_> = items.iter().filter(|t| t["status"] != "cancelled").collect();
         let done = counted.iter().filter(|t| t["status"] == "completed").count();
-        self.progress = match counted.len() {
-            0 => None,
-            all => u8::try_from(done * 100 / all).ok(),
-        };
+        // A sub-agent's list says nothing of the whole.
+        if is_root {
+            self.progress = match counted.len() {
+                0 => None,
+                all => u8::try_from(done * 100 / all).ok(),
+            };
+        }
         Step::event(NewEvent::new(EventType::Todo, json!({ "items": items })))
     }
 
@@ -401,7 +454,9 @@ fn tool_result(part: &Part) -> NewEvent {
     };
     let mut data = json!({ "call_id": part.id, "tool": part.tool, "result": state.output, "duration_ms": duration });
     let mut severity = Severity::Info;
-    if let Some(error) = &state.error {
+    // What OpenCode runs in place of a tool that does not exist; it counts as done there.
+    let invalid = if part.tool == "invalid" { state.input["error"].as_str() } else { None };
+    if let Some(error) = state.error.as_deref().or(invalid) {
         data["error"] = json!(error);
         severity = Severity::Warn;
     }

@@ -50,7 +50,7 @@ pub struct MessageTime {
 }
 
 /// Tokens of one message or step.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
 pub struct Tokens {
     #[serde(default)]
     pub input: f64,
@@ -63,7 +63,7 @@ pub struct Tokens {
 }
 
 /// Tokens that the provider read from, or wrote to, its cache.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
 pub struct CacheTokens {
     #[serde(default)]
     pub read: f64,
@@ -81,9 +81,10 @@ pub struct NamedError {
 }
 
 impl NamedError {
-    /// The error's own sentence, at most 500 characters of it.
+    /// The error's own sentence, at most 500 characters of it. A stack trace that follows it is nobody's business.
     pub fn message(&self) -> String {
         let text = self.data.get("message").and_then(Value::as_str).unwrap_or(&self.name);
+        let text = text.split("\n    at ").next().unwrap_or_default();
         text.chars().take(500).collect()
     }
 }

@@ -5,6 +5,7 @@ mod edge;
 mod embedded;
 mod events;
 mod run;
+mod golden;
 mod sandbox;
 mod store;
 mod support;
