@@ -115,9 +115,12 @@ fn between(from: DateTime<Utc>, to: DateTime<Utc>) -> Duration {
     (to - from).to_std().unwrap_or_default()
 }
 
+/// A stretch of a run, and how long it took.
+type Phase = (&'static str, fn(&Ran) -> Duration);
+
 /// Where the time of a run went, by the timestamps of its events.
 fn break_down(title: &str, runs: &[Ran], straight: Vec<f64>) {
-    let phases: [(&str, fn(&Ran) -> Duration); 6] = [
+    let phases: [Phase; 6] = [
         ("submit → its first event", |ran| between(ran.submitted, ran.events[0].at)),
         ("first event → session", |ran| between(ran.events[0].at, session(ran).at)),
         ("session → agent's first event", |ran| between(session(ran).at, agent(ran).0)),

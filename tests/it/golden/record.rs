@@ -92,6 +92,9 @@ pub(super) async fn record(scenario: &Scenario) -> Vec<Recorded> {
     server.process.kill(Duration::from_secs(10)).await.unwrap();
     drop(model);
     tasks.stop(Duration::from_secs(10)).await.unwrap();
+    for directory in [WORKSPACE, SESSION] {
+        std::fs::remove_dir_all(directory).unwrap();
+    }
     recorded.unwrap()
 }
 
