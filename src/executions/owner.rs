@@ -192,7 +192,8 @@ impl Owner {
             let data = json!({ "call_id": call_id, "tool": null, "result": null, "error": "interrupted", "duration_ms": null });
             self.writer.append(NewEvent::new(crate::model::EventType::ToolResult, data).severity(Severity::Warn)).await;
         }
-        (session.end().await, failure)
+        let done = ending.reason == Reason::Finished;
+        (session.end(done).await, failure)
     }
 
     fn failed(&self, failure: Failure) -> Option<Failure> {

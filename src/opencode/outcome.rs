@@ -71,7 +71,7 @@ pub fn decide(evidence: &Evidence<'_>) -> Verdict {
         Some("tool-calls") if evidence.permission_refused => Verdict::Failed(Failure::new(
             Reason::PermissionDenied,
             "permission_denied",
-            "The agent stopped because a permission was refused.",
+            "The agent stopped because something that it asked for was refused.",
         )),
         Some("content-filter") => Verdict::Failed(Failure::new(
             Reason::ModelError,

@@ -134,7 +134,7 @@ impl Sessions {
     /// Ends the warm sessions. New ones are not started after the tasks' shutdown.
     pub async fn stop(&self) {
         for session in self.shared.pool.close() {
-            session.end().await;
+            session.end(true).await;
         }
     }
 }

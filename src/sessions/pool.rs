@@ -81,7 +81,7 @@ pub(super) async fn fill(sessions: Sessions, wanted: Wanted) {
         taken.borrow_and_update();
         for dead in shared.pool.take_dead() {
             tracing::warn!("a warm session has ended by itself");
-            dead.end().await;
+            dead.end(false).await;
         }
         let mut pause = CHECK;
         if shared.pool.ready() < shared.pool.size {
@@ -90,7 +90,7 @@ pub(super) async fn fill(sessions: Sessions, wanted: Wanted) {
                 Ok(session) => {
                     tracing::info!("a warm session is ready");
                     if let Some(session) = shared.pool.put(session) {
-                        session.end().await;
+                        session.end(true).await;
                     }
                     continue;
                 }

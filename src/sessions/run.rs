@@ -93,6 +93,9 @@ impl Run<'_> {
         };
         let mut state = State::new(self, session, stream, conversation);
         let result = state.until_end().await;
+        for event in state.translator.abandon_texts() {
+            self.writer.append(event).await;
+        }
         let usage = state.usage();
         if result.is_none() {
             return Ending { reason: Reason::Cancelled, ..ending(Ok(()), &state.translator, usage) };
@@ -174,6 +177,7 @@ struct State<'a> {
     last_sign: Instant,
     /// Since when OpenCode is idle.
     idle_since: Option<Instant>,
+    /// Something that the agent asked for was refused, since nobody can answer: OpenCode stops then.
     permission_refused: bool,
 }
 
@@ -335,6 +339,7 @@ impl<'a> State<'a> {
                 .await;
             }
             Signal::QuestionAsked { request_id } => {
+                self.permission_refused = true;
                 if let Err(error) = self.session.client.reject_question(&request_id).await {
                     tracing::warn!(error = &error as &dyn std::error::Error, "a question could not be rejected");
                 }

@@ -164,7 +164,7 @@ impl Session {
             if warm { session.prime().await } else { Ok(()) }
         };
         if let Err(error) = ready.await {
-            session.end().await;
+            session.end(false).await;
             return Err(error);
         }
         Ok(session)
@@ -218,11 +218,11 @@ impl Session {
     }
 
     /// Ends it in the order that works (OPENCODE.md "Stop"), until it is proven that nothing is left, and removes
-    /// its directories.
-    pub async fn end(self) -> Ended {
+    /// its directories. One that is `done` has nothing to flush or to end politely, and goes at once: whoever waits
+    /// for the execution's end waits for this.
+    pub async fn end(self, done: bool) -> Ended {
         let process = &self.server.process;
-        if self.is_alive() {
-            // Politely first: it ends its shells and flushes what it has. A process that hangs gets no more time.
+        if !done && self.is_alive() {
             let disposed = tokio::time::timeout(DISPOSE, self.client.dispose()).await;
             if !matches!(disposed, Ok(Ok(()))) {
                 tracing::debug!("OpenCode did not dispose of its instance");

@@ -408,6 +408,8 @@ fn nothing_leads_to_one_machine() {
     let directories = ["home", "root", "work", "Users"].map(|name| format!("/{name}/"));
     for (path, text) in texts() {
         for (number, line) in text.lines().enumerate() {
+            // Inside a Bun executable every file is below this, on each machine.
+            let line = line.replace("/$bunfs/root/", "");
             let found = directories.iter().find(|directory| line.contains(directory.as_str()));
             assert!(found.is_none(), "{}:{}: a path of one machine: {line}", path.display(), number + 1);
         }
