@@ -75,6 +75,7 @@ fn start(policy: &Policy) -> Result<(Pid, SignalFd), Failed> {
     step("rlimit_core", setrlimit(Resource::RLIMIT_CORE, 0, 0))?;
     // A child inherits mask and score, so both are set around its start: no code of ours has to run in it.
     step("signal_mask", SigSet::all().thread_unblock())?;
+    step("signal_actions", heed_all_signals())?;
     let own_score = match policy.oom_score_adj {
         Some(score) => {
             let own = step("oom_score_adj", fs::read(OOM_SCORE_ADJ))?;
@@ -135,6 +136,21 @@ fn execute(policy: &Policy) -> Result<Pid, Failed> {
 fn below_this_process() -> impl Fn(&tree::Stat) -> bool {
     let own = unistd::getpid().as_raw();
     move |stat| stat.parent == own
+}
+
+/// Undoes that signals are ignored. Whoever starts the sidecar in the background of a shell, or under `nohup`, has it
+/// ignore some, and a program inherits that: a shell could not even set a trap, and the request to stop would be lost.
+#[expect(unsafe_code, reason = "there is no safe way to set a signal's action")]
+fn heed_all_signals() -> nix::Result<()> {
+    for signal in signal::Signal::iterator() {
+        // The two have no other action; std takes care of SIGPIPE, which this process itself has to ignore.
+        if !matches!(signal, signal::SIGKILL | signal::SIGSTOP | signal::SIGPIPE) {
+            // SAFETY: the default action runs no code of ours, and nothing in this single-threaded process relies on
+            // an action that was set before.
+            unsafe { signal::signal(signal, signal::SigHandler::SigDfl) }?;
+        }
+    }
+    Ok(())
 }
 
 /// Reaps one child that has ended. `None`: there is no child at all. `Some(None)`: none has ended yet.

@@ -101,6 +101,25 @@ async fn the_program_gets_the_signals_it_is_sent() {
     bench.nothing_is_left().await;
 }
 
+/// As under `nohup`, or in the background of a shell, which has its children ignore these.
+#[tokio::test]
+async fn the_program_heeds_signals_that_the_sidecar_was_told_to_ignore() {
+    let directory = tempfile::tempdir().unwrap();
+    let wrapper = directory.path().join("deaf");
+    let script =
+        format!("#!/bin/sh\ntrap '' HUP INT QUIT TERM\nexec {} \"$@\"\n", env!("CARGO_BIN_EXE_opencode-sidecar"));
+    std::fs::write(&wrapper, script).unwrap();
+    std::fs::set_permissions(&wrapper, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let mut bench = Bench::new();
+    bench.sandbox = Sandbox::new(wrapper, bench.tasks.clone()).unwrap();
+    let mut process = bench.start("trap 'exit 8' INT; echo ready; while :; do sleep 0.05; done").await;
+    assert_eq!(line(&mut process).await, "ready\n");
+    process.signal(Signal::Int);
+    assert_eq!(process.exited().await.code, Some(8));
+    process.gone().await;
+    bench.nothing_is_left().await;
+}
+
 #[tokio::test]
 async fn the_program_starts_with_a_clean_slate() {
     let bench = Bench::new();
