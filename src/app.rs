@@ -195,7 +195,7 @@ pub struct App {
     database: Database,
     executions: Executions,
     sessions: Sessions,
-    router: axum::Router,
+    router: crate::api::Router,
     streams: CancellationToken,
     /// Released last.
     state: StateDir,

@@ -2,11 +2,11 @@
 
 use crate::app::{App, Database, StartError, StateDir, bind};
 use crate::config::{Config, reference};
+use crate::host::{executable, fail, stop_signal};
 use crate::sandbox::Sandbox;
 use crate::tasks::Tasks;
 use crate::{demo, telemetry};
 use clap::{Parser, Subcommand};
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -88,12 +88,6 @@ pub fn main() -> ExitCode {
     })
 }
 
-/// Prints an error with its causes, for a person at a terminal.
-pub(crate) fn fail(what: &str, error: &dyn std::error::Error) -> ExitCode {
-    eprintln!("opencode-sidecar: {what}: {}", crate::api::problem::chain(error));
-    ExitCode::FAILURE
-}
-
 fn configuration() -> Result<Config, ExitCode> {
     let config = Config::from_env().map_err(|errors| {
         eprintln!("opencode-sidecar: {errors}");
@@ -101,11 +95,6 @@ fn configuration() -> Result<Config, ExitCode> {
     })?;
     telemetry::init_log(&config.log_level, config.log_format).map_err(|error| fail("the log", &error))?;
     Ok(config)
-}
-
-/// Our own file, which jail and tap are started from. Not the link under `/proc`: a session could not follow that.
-pub(crate) fn executable() -> Result<PathBuf, std::io::Error> {
-    std::env::current_exe()
 }
 
 async fn serve() -> ExitCode {
@@ -143,18 +132,6 @@ async fn serve() -> ExitCode {
         },
         Err(error) => fail("the sidecar did not start", &error),
     }
-}
-
-/// Completes at SIGTERM or SIGINT.
-pub(crate) fn stop_signal() -> Result<impl Future<Output = ()>, std::io::Error> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    Ok(async move {
-        tokio::select! {
-            _ = term.recv() => {}
-            _ = int.recv() => {}
-        }
-    })
 }
 
 async fn migrate() -> ExitCode {

@@ -4,9 +4,10 @@
 //! the model may be scripted, and then everything that is printed says so.
 
 use crate::app::{App, StartError};
-use crate::cli::{executable, fail, stop_signal};
+
 use crate::config::{Config, DefaultModel, SandboxMode};
 use crate::console::Printer;
+use crate::host::{executable, fail, stop_signal};
 use crate::model::TaskId;
 use crate::model::task::Provider;
 use crate::opencode::sse::Parser;

@@ -23,7 +23,8 @@
 //! | edges | [`api`] | HTTP: requests into calls, results into answers, logs into streams |
 //! | | [`console`] | shows a run at a terminal |
 //! | | [`scripted`] | the scripted model for demo, tests and benchmarks; it knows nothing of the rest |
-//! | wiring | [`app`] | builds every part once, and takes it down again |
+//! | wiring | [`host`] | this process: its file, the signals that end it, errors at a terminal |
+//! | | [`app`] | builds every part once, and takes it down again |
 //! | | [`demo`] | one real task for a person to watch: a client of an [`app`] of its own |
 //! | | [`cli`] | the subcommands |
 //!
@@ -81,6 +82,7 @@ pub mod console;
 pub mod demo;
 pub mod events;
 pub mod executions;
+pub mod host;
 pub mod model;
 pub mod opencode;
 pub mod sandbox;

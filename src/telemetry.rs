@@ -66,6 +66,18 @@ pub fn init_log(level: &str, format: LogFormat) -> Result<(), LogError> {
     .map_err(LogError::Twice)
 }
 
+/// An error and all its causes in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line.push_str(": ");
+        line.push_str(&error.to_string());
+        cause = error.source();
+    }
+    line
+}
+
 /// How a call of the model ended, as the metrics count it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ModelCallOutcome {

@@ -21,3 +21,6 @@ pub mod tasks;
 
 pub use extract::{ApiJson, ApiPath, ApiQuery, ApiResult, OptionalApiJson};
 pub use problem::{Code, Problem};
+
+/// The routes, ready to serve: what [`openapi::assemble`] gives and [`server::serve`] takes.
+pub type Router = axum::Router;

@@ -5,12 +5,12 @@
 
 use crate::api::layers;
 use crate::model::rfc3339;
+use crate::telemetry::chain;
 use axum::response::{IntoResponse, Response};
 use chrono::Utc;
 use http::{HeaderName, HeaderValue, StatusCode, header};
 use serde::Serialize;
 use std::error::Error;
-use std::fmt::Write as _;
 
 macro_rules! codes {
     ($($(#[$doc:meta])* $name:ident = $word:literal, $status:ident, $title:literal;)+) => {
@@ -237,18 +237,6 @@ fn insert(headers: &mut http::HeaderMap, name: HeaderName, value: &str) {
     if let Ok(value) = HeaderValue::from_str(value) {
         headers.insert(name, value);
     }
-}
-
-/// An error and all its causes in one line.
-pub fn chain(error: &dyn Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        // Writing into a string does not fail.
-        let _ = write!(line, ": {error}");
-        cause = error.source();
-    }
-    line
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! `GET /tasks/{execution_id}/stream`: the log as it grows, over SSE or WebSocket.
 //!
-//! Both are a [`Cursor`] over the log and differ in their frames only. The route judges the credential itself, since
+//! Both are a `Cursor` over the log and differ in their frames only. The route judges the credential itself, since
 //! a browser's WebSocket can send it as its first frame.
 
 use crate::api::auth::{Auth, Presented, STREAM_PROTOCOL, peer};
