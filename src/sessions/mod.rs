@@ -23,6 +23,7 @@ use crate::telemetry::Metrics;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+use tokio::sync::watch;
 
 /// What sessions are started with.
 #[derive(Clone, Debug)]
@@ -48,6 +49,23 @@ pub struct Settings {
     pub warm: usize,
 }
 
+/// Counts a session as one that runs a task, for as long as this lives.
+#[derive(Debug)]
+struct InUse(watch::Sender<usize>);
+
+impl InUse {
+    fn new(shared: &Shared) -> Self {
+        shared.in_use.send_modify(|in_use| *in_use += 1);
+        Self(shared.in_use.clone())
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.0.send_modify(|in_use| *in_use -= 1);
+    }
+}
+
 /// Starts and ends sessions. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Sessions {
@@ -62,6 +80,8 @@ struct Shared {
     ports: Ports,
     tasks: Tasks,
     metrics: Metrics,
+    /// Sessions that run tasks.
+    in_use: watch::Sender<usize>,
     /// As OpenCode itself says it, from the first session on.
     version: OnceLock<String>,
     pool: pool::Pool,
@@ -93,6 +113,7 @@ impl Sessions {
                 ports,
                 tasks,
                 metrics,
+                in_use: watch::Sender::new(0),
                 version: OnceLock::new(),
                 pool,
             }),
@@ -115,10 +136,13 @@ impl Sessions {
         if let Some(refused) = &self.shared.settings.refused {
             return Err(SessionError::Refused(refused.clone()));
         }
-        if let Some(session) = self.shared.pool.claim(&wanted) {
-            return Ok(session);
-        }
-        Session::start(&self.shared, wanted, false).await
+        let in_use = InUse::new(&self.shared);
+        let mut session = match self.shared.pool.claim(&wanted) {
+            Some(session) => session,
+            None => Session::start(&self.shared, wanted, false).await?,
+        };
+        session.in_use = Some(in_use);
+        Ok(session)
     }
 
     /// The version of OpenCode, once a session has run.

@@ -10,6 +10,9 @@ use tokio::sync::watch;
 
 /// How long it is waited after a failed start.
 const PAUSE: Duration = Duration::from_secs(10);
+/// How long a new start is held back at most while sessions are in use: a start takes all of a small pod's
+/// processors for some seconds, and whoever waits for a run would wait longer.
+const HELD_BACK: Duration = Duration::from_secs(30);
 /// How often it is looked whether the ones that wait still live.
 const CHECK: Duration = Duration::from_secs(5);
 
@@ -85,6 +88,11 @@ pub(super) async fn fill(sessions: Sessions, wanted: Wanted) {
         }
         let mut pause = CHECK;
         if shared.pool.ready() < shared.pool.size {
+            let mut in_use = shared.in_use.subscribe();
+            tokio::select! {
+                _ = tokio::time::timeout(HELD_BACK, in_use.wait_for(|in_use| *in_use == 0)) => {}
+                () = shutdown.cancelled() => return,
+            }
             let wanted = Wanted { id: SessionId::new(), ..wanted.clone() };
             match Session::start(shared, wanted, true).await {
                 Ok(session) => {

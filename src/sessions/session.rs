@@ -1,6 +1,6 @@
 //! One OpenCode process: started, primed, ended.
 
-use super::Shared;
+use super::{InUse, Shared};
 use crate::broker::{Budget, Grant, Lease, Upstream};
 use crate::model::SessionId;
 use crate::model::task::Limits;
@@ -91,6 +91,8 @@ pub struct Session {
     pub(super) lease: Lease,
     directories: Directories,
     warm: bool,
+    /// Set while it runs a task.
+    pub(super) in_use: Option<InUse>,
 }
 
 impl Session {
@@ -147,7 +149,8 @@ impl Session {
         };
         let client = Client::new(server.port.number(), password, &wanted.workdir.to_string_lossy());
         let client = client.map_err(SessionError::Client)?;
-        let session = Self { shared: Arc::clone(shared), wanted, server, client, lease, directories, warm };
+        let session =
+            Self { shared: Arc::clone(shared), wanted, server, client, lease, directories, warm, in_use: None };
         let ready = async {
             if shared.version.get().is_none() {
                 let version = session.client.version().await.map_err(SessionError::Silent)?;
