@@ -42,11 +42,10 @@ pub(super) const REFERENCE: &[Variable] = &[
     var("FIRST_EVENT_TIMEOUT", "60", "Time from the prompt to OpenCode's first event, in seconds"),
     var("SHUTDOWN_GRACE_SECONDS", "25", "Time from SIGTERM to the exit, in seconds"),
     var("MAX_PROMPT_LENGTH", "50000", "Characters of prompt and code together"),
-    var("MAX_TASK_FILE_SIZE", "1000000", "Bytes of a file that may be read through the API"),
     var("WARM_POOL_SIZE", "0", "Sessions that are kept started for the next execution"),
     var("SESSION_PORT_RANGE", "20000-20999", "Ports on loopback for sessions"),
     var("SANDBOX", "required", "required, best-effort or off"),
-    var("OPENCODE_COMMAND", "", "The OpenCode binary; without it the pinned one, else the one on PATH"),
+    var("OPENCODE_COMMAND", "", "The OpenCode binary; without it `opencode` on PATH, else the pinned one below the working directory"),
     var("OPENCODE_PROVIDER", "", "Default model: openai, anthropic, local or custom"),
     var("OPENCODE_MODEL", "", "Default model: its name at the provider"),
     var("OPENCODE_API_KEY", "", "Default model: the provider's key; it never reaches a session"),
@@ -61,6 +60,7 @@ pub(super) const REFERENCE: &[Variable] = &[
 
 /// Variables of the contract that this version cannot honour.
 const NOT_YET: &[&str] = &[
+    "MAX_TASK_FILE_SIZE",
     "JWT_SECRET",
     "JWT_PUBLIC_KEY",
     "JWT_JWKS_FILE",

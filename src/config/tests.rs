@@ -28,7 +28,7 @@ fn an_empty_environment_gives_the_contracts_defaults() {
         assert_eq!((c.database_schema.as_str(), c.project_id.as_str()), ("opencode_sidecar", "default"));
         assert_eq!((c.log_level.as_str(), c.log_format), ("info", LogFormat::Json));
         assert_eq!((c.max_concurrent_tasks, c.max_queued_tasks, c.warm_pool_size), (5, 100, 0));
-        assert_eq!((c.max_prompt_length, c.max_task_file_size, c.model_max_failures), (50_000, 1_000_000, 5));
+        assert_eq!((c.max_prompt_length, c.model_max_failures), (50_000, 5));
         assert_eq!(c.session_port_range, 20000..=20999);
         assert_eq!(c.sandbox, SandboxMode::Required);
         assert_eq!(c.limits, Limits { output_bytes: 64 << 20, model_calls: 200, total_tokens: 5_000_000 });
@@ -74,7 +74,6 @@ fn each_variable_is_read_and_checked() {
         ("FIRST_EVENT_TIMEOUT", "10", &["0", "x"]),
         ("SHUTDOWN_GRACE_SECONDS", "5", &["0", "x"]),
         ("MAX_PROMPT_LENGTH", "10", &["0", "x"]),
-        ("MAX_TASK_FILE_SIZE", "2 MiB", &["0", "2 MB", "x", "2 GiB"]),
         ("WARM_POOL_SIZE", "2", &["-1", "x"]),
         ("SESSION_PORT_RANGE", "30000-30100", &["30000", "30100-30000", "80-90", "1-65536", "a-b", "-"]),
         ("SANDBOX", "best-effort", &["none", "REQUIRED"]),

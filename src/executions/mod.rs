@@ -158,6 +158,9 @@ impl Executions {
     }
 
     fn forget(&self, owner: &Owner) {
+        if let Some((reason, ran)) = owner.outcome() {
+            self.shared.metrics.execution_ended(reason, ran);
+        }
         let mut live = self.shared.lock_live();
         live.remove(&owner.id);
         self.shared.live_count.send_replace(live.len());
@@ -233,8 +236,7 @@ impl Executions {
                 service.start_next();
             });
         }
-        self.shared.metrics.set_running(admission.running());
-        self.shared.metrics.set_queued(admission.queued());
+        self.shared.show_load(&admission);
     }
 
     /// How an execution stands; `None` where this project has none with the id.
@@ -289,7 +291,12 @@ impl Executions {
                 None => "Cancelled by the caller.".to_owned(),
             };
             // The lock decides: whoever takes it out of the queue ends it.
-            let queued = self.shared.lock_admission().remove(id);
+            let queued = {
+                let mut admission = self.shared.lock_admission();
+                let queued = admission.remove(id);
+                self.shared.show_load(&admission);
+                queued
+            };
             match queued {
                 Some(queued) => {
                     let service = self.clone();
@@ -365,6 +372,11 @@ impl Executions {
 impl Shared {
     fn lock_admission(&self) -> std::sync::MutexGuard<'_, Admission<Queued>> {
         self.admission.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn show_load(&self, admission: &Admission<Queued>) {
+        self.metrics.set_running(admission.running());
+        self.metrics.set_queued(admission.queued());
     }
 
     fn lock_live(&self) -> std::sync::MutexGuard<'_, HashMap<ExecutionId, Arc<Owner>>> {

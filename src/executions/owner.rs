@@ -17,6 +17,7 @@ use chrono::{DateTime, Utc};
 use secrecy::SecretString;
 use serde_json::json;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -54,6 +55,13 @@ impl Owner {
 
     pub(super) fn created_at(&self) -> DateTime<Utc> {
         self.lock().record.created_at
+    }
+
+    /// Why it ended, and how long it ran; `None` for the time where it never started, and for all before its end.
+    pub(super) fn outcome(&self) -> Option<(Reason, Option<Duration>)> {
+        let state = &self.lock().state;
+        let ran = state.started_at.map(|_| state.running_time(Utc::now()).to_std().unwrap_or_default());
+        Some((state.reason?, ran))
     }
 
     pub(super) fn current_tool(&self) -> Option<String> {
@@ -152,9 +160,7 @@ impl Owner {
             Err(rejected) => tracing::error!(execution = %self.id, %rejected, "an execution could not be ended"),
         }
         let work = self.lock();
-        let ran = work.state.started_at.map(|_| work.state.running_time(Utc::now()).to_std().unwrap_or_default());
         let reason = work.state.reason.unwrap_or(Reason::Internal);
-        shared.metrics.execution_ended(reason, ran);
         tracing::info!(execution = %self.id, status = work.state.status.as_str(), reason = reason.as_str(), "execution ended");
         ended.nothing_left
     }

@@ -141,18 +141,6 @@ impl Client {
         Vec::deserialize(value).map_err(|source| ClientError::Shape { call: "messages", source })
     }
 
-    /// The names of the agents that a prompt may name.
-    pub async fn agents(&self) -> Result<Vec<String>, ClientError> {
-        #[derive(Deserialize)]
-        struct Agent {
-            name: String,
-        }
-        let value = self.call("agents", self.request(reqwest::Method::GET, "/agent")).await?;
-        let agents: Vec<Agent> =
-            Vec::deserialize(value).map_err(|source| ClientError::Shape { call: "agents", source })?;
-        Ok(agents.into_iter().map(|agent| agent.name).collect())
-    }
-
     /// Stops the present run of a conversation.
     pub async fn abort(&self, session: &str) -> Result<(), ClientError> {
         self.call("abort", self.request(reqwest::Method::POST, &format!("/session/{session}/abort"))).await.map(drop)
@@ -175,11 +163,6 @@ impl Client {
     /// Ends running shells and gives everything back; the server lives on.
     pub async fn dispose(&self) -> Result<(), ClientError> {
         self.call("dispose", self.request(reqwest::Method::POST, "/global/dispose")).await.map(drop)
-    }
-
-    /// OpenCode's configuration as it shows it to anyone with its password.
-    pub async fn config(&self) -> Result<Value, ClientError> {
-        self.call("config", self.request(reqwest::Method::GET, "/config")).await
     }
 
     /// Opens the event stream and waits for its first event, `server.connected`: from then on nothing is missed.

@@ -6,7 +6,7 @@
 use super::profile::Directories;
 use crate::sandbox::{Process, Sandbox, Signal, Spec, StartError};
 use crate::tasks::Tasks;
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
@@ -46,7 +46,6 @@ pub struct Ports(Arc<Mutex<PortTable>>);
 #[derive(Debug)]
 struct PortTable {
     free: VecDeque<u16>,
-    taken: BTreeSet<u16>,
 }
 
 /// A port that nobody else gets until this is dropped.
@@ -59,14 +58,13 @@ pub struct Port {
 impl Ports {
     /// All ports of the range.
     pub fn new(range: RangeInclusive<u16>) -> Self {
-        Self(Arc::new(Mutex::new(PortTable { free: range.collect(), taken: BTreeSet::new() })))
+        Self(Arc::new(Mutex::new(PortTable { free: range.collect() })))
     }
 
     /// A free port; `None` where all are given out.
     pub fn take(&self) -> Option<Port> {
         let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let number = table.free.pop_front()?;
-        table.taken.insert(number);
         Some(Port { number, table: Arc::clone(&self.0) })
     }
 }
@@ -81,7 +79,6 @@ impl Port {
 impl Drop for Port {
     fn drop(&mut self) {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        table.taken.remove(&self.number);
         table.free.push_back(self.number);
     }
 }

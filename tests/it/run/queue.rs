@@ -1,6 +1,6 @@
 //! Admission: so many at once, so many behind them, and a clear no beyond.
 
-use crate::support::sidecar::World;
+use crate::support::sidecar::{World, soon};
 use opencode_sidecar::scripted::Script;
 use serde_json::{Value, json};
 
@@ -28,9 +28,16 @@ async fn one_runs_one_waits_and_the_third_is_refused() {
     assert_eq!((&answer["status"], &answer["started_at"]), (&json!("cancelled"), &Value::Null));
     assert_eq!(place(&third).await, 1);
     let fourth = sidecar.submit(&Script::new().text("fourth")).await;
-    let metrics = sidecar.http.get(format!("{}/metrics", sidecar.base)).send().await.unwrap().text().await.unwrap();
-    assert!(metrics.contains("opencode_sidecar_executions_running 1"), "{metrics}");
-    assert!(metrics.contains("opencode_sidecar_executions_queued 2"), "{metrics}");
+    let metrics = async || {
+        let answer = sidecar.http.get(format!("{}/metrics", sidecar.base)).send().await.unwrap();
+        answer.text().await.unwrap()
+    };
+    let now = metrics().await;
+    assert!(now.contains("opencode_sidecar_executions_running 1"), "{now}");
+    assert!(now.contains("opencode_sidecar_executions_queued 2"), "{now}");
+    // One that never ran is counted too, shortly after its end is told.
+    let ended = r#"opencode_sidecar_executions_total{reason="cancelled",status="cancelled"} 1"#;
+    soon("the cancelled one is counted", async { while !metrics().await.contains(ended) {} }).await;
 
     std::fs::write(world.file("gate"), "").unwrap();
     for id in [&first, &third, &fourth] {
