@@ -9,10 +9,10 @@ use super::live::Live;
 use crate::model::event::Event;
 use crate::model::{ExecutionId, ExecutionRecord};
 use crate::store::Write;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 /// The most writes that one batch takes.
@@ -32,9 +32,22 @@ pub(super) struct Queue {
     trouble: Mutex<Option<String>>,
 }
 
+/// A write, with the log that it belongs to or, for one that belongs to none, with who waits for it.
+#[derive(Debug)]
+pub(super) struct Item {
+    write: Write,
+    whose: Whose,
+}
+
+#[derive(Debug)]
+enum Whose {
+    Log(Arc<Live>),
+    Nobodys(oneshot::Sender<bool>),
+}
+
 #[derive(Debug, Default)]
 struct Inner {
-    writes: VecDeque<(Arc<Live>, Write)>,
+    writes: VecDeque<Item>,
 }
 
 impl Default for Queue {
@@ -56,11 +69,23 @@ fn size(write: &Write) -> usize {
 }
 
 impl Queue {
+    /// Queues writes of a log.
     pub(super) fn push(&self, live: &Arc<Live>, writes: Vec<Write>) {
+        self.extend(writes.into_iter().map(|write| Item { write, whose: Whose::Log(Arc::clone(live)) }).collect());
+    }
+
+    /// Queues a write of no log. The receiver is told whether it was taken.
+    pub(super) fn push_alone(&self, write: Write) -> oneshot::Receiver<bool> {
+        let (sender, receiver) = oneshot::channel();
+        self.extend(vec![Item { write, whose: Whose::Nobodys(sender) }]);
+        receiver
+    }
+
+    fn extend(&self, items: Vec<Item>) {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = writes.len() as u64;
-        let bytes: usize = writes.iter().map(size).sum();
-        inner.writes.extend(writes.into_iter().map(|write| (Arc::clone(live), write)));
+        let count = items.len() as u64;
+        let bytes: usize = items.iter().map(|item| size(&item.write)).sum();
+        inner.writes.extend(items);
         self.done.send_modify(|(_, queued)| *queued += bytes);
         self.pushed.send_modify(|pushed| *pushed += count);
     }
@@ -92,7 +117,7 @@ impl Queue {
         *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
     }
 
-    fn take(&self) -> Vec<(Arc<Live>, Write)> {
+    fn take(&self) -> Vec<Item> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let count = inner.writes.len().min(BATCH);
         inner.writes.drain(..count).collect()
@@ -116,27 +141,42 @@ pub(super) async fn run(shared: Arc<Shared>, shutdown: CancellationToken) {
     }
 }
 
-async fn commit(shared: &Shared, batch: Vec<(Arc<Live>, Write)>) {
+async fn commit(shared: &Shared, batch: Vec<Item>) {
     let count = batch.len() as u64;
-    let bytes: usize = batch.iter().map(|(_, write)| size(write)).sum();
-    let (lives, writes): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
+    let bytes: usize = batch.iter().map(|item| size(&item.write)).sum();
+    let (owners, writes): (Vec<_>, Vec<_>) = batch.into_iter().map(|item| (item.whose, item.write)).unzip();
     if until_taken(shared, &writes).await {
-        publish(shared, lives.into_iter().zip(writes));
+        publish(shared, owners.into_iter().zip(writes));
     } else {
         // One execution's writes are refused for good. The others of the batch have nothing to do with it.
-        let mut groups: HashMap<ExecutionId, (Vec<Arc<Live>>, Vec<Write>)> = HashMap::new();
-        for (live, write) in lives.into_iter().zip(writes) {
-            let group = groups.entry(live.id).or_default();
-            group.0.push(live);
+        let mut groups: BTreeMap<Option<ExecutionId>, (Vec<Whose>, Vec<Write>)> = BTreeMap::new();
+        for (whose, write) in owners.into_iter().zip(writes) {
+            // `None` comes first: a session before its executions.
+            let id = match &whose {
+                Whose::Log(live) => Some(live.id),
+                Whose::Nobodys(_) => None,
+            };
+            let group = groups.entry(id).or_default();
+            group.0.push(whose);
             group.1.push(write);
         }
-        for (id, (lives, writes)) in groups {
+        for (id, (owners, writes)) in groups {
             if until_taken(shared, &writes).await {
-                publish(shared, lives.into_iter().zip(writes));
-            } else {
-                tracing::error!(execution = %id, "the log of this execution cannot be written and is given up");
-                lives[0].give_up();
-                shared.lock_live().remove(&id);
+                publish(shared, owners.into_iter().zip(writes));
+                continue;
+            }
+            tracing::error!(
+                execution = id.map(tracing::field::display),
+                "what belongs to this cannot be written and is given up"
+            );
+            for whose in owners {
+                match whose {
+                    Whose::Log(live) => {
+                        live.give_up();
+                        shared.lock_live().remove(&live.id);
+                    }
+                    Whose::Nobodys(done) => drop(done.send(false)),
+                }
             }
         }
     }
@@ -173,14 +213,22 @@ async fn until_taken(shared: &Shared, writes: &[Write]) -> bool {
     }
 }
 
-fn publish(shared: &Shared, batch: impl Iterator<Item = (Arc<Live>, Write)>) {
+fn publish(shared: &Shared, batch: impl Iterator<Item = (Whose, Write)>) {
     #[derive(Default)]
     struct News {
         events: Vec<Event>,
         record: Option<ExecutionRecord>,
     }
     let mut news: Vec<(Arc<Live>, News)> = Vec::new();
-    for (live, write) in batch {
+    for (whose, write) in batch {
+        let live = match whose {
+            Whose::Log(live) => live,
+            Whose::Nobodys(done) => {
+                // Where nobody waits any more it is written all the same.
+                let _ = done.send(true);
+                continue;
+            }
+        };
         let at = match news.iter().position(|(other, _)| other.id == live.id) {
             Some(at) => at,
             None => {
@@ -194,6 +242,7 @@ fn publish(shared: &Shared, batch: impl Iterator<Item = (Arc<Live>, Write)>) {
             Write::Submit(record) | Write::Change { record, .. } | Write::Progress(record) => {
                 entry.record = Some(*record);
             }
+            Write::Session(_) => {}
         }
     }
     for (live, News { events, record }) in news {

@@ -4,7 +4,7 @@ use super::{Page, ReadQuery, Shared};
 use crate::model::event::{Event, NewEvent};
 use crate::model::{ExecutionId, ExecutionRecord, Status};
 use crate::store::Write;
-use chrono::Utc;
+use chrono::{DateTime, Utc};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::watch;
@@ -17,6 +17,8 @@ const TAIL_BYTES: usize = 1024 * 1024;
 pub struct Head {
     pub last_seq: u64,
     pub record: Arc<ExecutionRecord>,
+    /// When its last event happened; its creation before there is any.
+    pub last_at: DateTime<Utc>,
     /// Whether the execution itself is written. Before that, nobody may know of it.
     pub committed: bool,
     /// Its last event is there: nothing follows.
@@ -44,6 +46,7 @@ impl Live {
         let head = Head {
             last_seq: record.last_seq,
             committed: record.last_seq > 0,
+            last_at: record.created_at,
             record: Arc::new(record),
             ended: false,
             lost: false,
@@ -62,7 +65,7 @@ impl Live {
 
     /// What the commit point has taken becomes visible. Returns whether the log has ended with it.
     pub(super) fn publish(&self, events: Vec<Event>, record: Option<ExecutionRecord>) -> bool {
-        let last = events.last().map(|event| event.seq);
+        let last = events.last().map(|event| (event.seq, event.timestamp));
         if !events.is_empty() {
             let mut tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
             for event in events {
@@ -77,7 +80,7 @@ impl Live {
         }
         self.head.send_modify(|head| {
             head.committed = true;
-            head.last_seq = last.unwrap_or(head.last_seq);
+            (head.last_seq, head.last_at) = last.unwrap_or((head.last_seq, head.last_at));
             if let Some(record) = record {
                 head.ended |= record.status.is_final();
                 head.record = Arc::new(record);

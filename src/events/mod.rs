@@ -14,8 +14,8 @@ mod live;
 pub use live::{Head, Writer};
 
 use crate::model::event::{Event, EventType, Severity};
-use crate::model::{ExecutionId, ExecutionRecord};
-use crate::store::{EventQuery, Store, StoreError};
+use crate::model::{ExecutionId, ExecutionRecord, SessionRecord};
+use crate::store::{EventQuery, Store, StoreError, Write};
 use crate::tasks::Tasks;
 use crate::telemetry::Metrics;
 use live::Live;
@@ -83,6 +83,12 @@ impl Events {
             writer.submit(record);
         }
         writer
+    }
+
+    /// Writes a session that outlives its executions, as it stands now; after this, whatever was queued before it and
+    /// itself are durable. `false` where it never can be.
+    pub async fn put_session(&self, record: SessionRecord) -> bool {
+        self.shared.queue.push_alone(Write::Session(Box::new(record))).await.unwrap_or(false)
     }
 
     /// How far the log of a live execution goes, and its record as committed; `None` for one that has ended (its

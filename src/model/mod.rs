@@ -8,12 +8,14 @@ pub mod execution;
 pub mod id;
 pub mod record;
 pub mod request;
+pub mod session;
 pub mod task;
 
 pub use event::{Event, EventType, NewEvent, Severity};
 pub use execution::{Reason, Status};
 pub use id::{ExecutionId, SessionId, TaskId};
 pub use record::{ExecutionRecord, Usage};
+pub use session::{SessionEventId, SessionRecord};
 pub use task::Task;
 
 use chrono::{DateTime, SecondsFormat, Utc};

@@ -4,6 +4,7 @@ use super::execution::State;
 use super::{ExecutionId, Reason, SessionId, Status, Task};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
+use std::num::NonZeroU32;
 use uuid::Uuid;
 
 /// What an execution has used. `null` where this sidecar cannot measure it on this host; never a guess.
@@ -33,6 +34,8 @@ pub struct ExecutionRecord {
     /// The sidecar instance (its state directory) that runs it.
     pub owner: Uuid,
     pub session_id: SessionId,
+    /// Place among the executions of a session that outlives them; `None` where the session is its own.
+    pub ordinal: Option<NonZeroU32>,
     pub task: Task,
     pub status: Status,
     pub reason: Option<Reason>,
@@ -46,18 +49,21 @@ pub struct ExecutionRecord {
     /// Protections that were on while it ran, by name.
     pub protections: Vec<String>,
     pub final_message: Option<String>,
+    /// What went wrong, for people, where it failed.
+    pub error: Option<String>,
     pub files_modified: Vec<String>,
     pub usage: Usage,
 }
 
 impl ExecutionRecord {
-    /// A new execution that waits for its turn, with ids of its own.
+    /// A new execution that waits for its turn, with an id and a session of its own.
     pub fn new(project_id: &str, owner: Uuid, task: Task, protections: Vec<String>, now: DateTime<Utc>) -> Self {
         Self {
             id: ExecutionId::new(),
             project_id: project_id.to_owned(),
             owner,
             session_id: SessionId::new(),
+            ordinal: None,
             task,
             status: Status::Pending,
             reason: None,
@@ -69,6 +75,7 @@ impl ExecutionRecord {
             paused_ms: 0,
             protections,
             final_message: None,
+            error: None,
             files_modified: Vec::new(),
             usage: Usage::default(),
         }

@@ -60,6 +60,8 @@ pub struct Store {
     pool: PgPool,
     pub(super) options: PgConnectOptions,
     pub(super) schema: String,
+    /// Whether changes of status are kept for the backend.
+    pub(super) callbacks: bool,
 }
 
 impl fmt::Debug for Store {
@@ -89,7 +91,15 @@ impl Store {
                 Box::pin(async move { prepare(connection, &search_path, STATEMENT_LIMIT).await })
             })
             .connect_lazy_with(connect.clone());
-        Ok(Self { pool, options: connect, schema })
+        Ok(Self { pool, options: connect, schema, callbacks: false })
+    }
+
+    /// Keeps each change of status of a caller's session for the backend, until [`Store::callback_taken`]. Off at first:
+    /// where nobody takes them they would pile up.
+    #[must_use]
+    pub fn with_callbacks(mut self) -> Self {
+        self.callbacks = true;
+        self
     }
 
     /// Whether the database answers.

@@ -5,16 +5,20 @@
 //! Table names are unqualified and each connection's `search_path` is `DATABASE_SCHEMA`, so that several sidecars
 //! can share a database, each in its own schema. Times are kept to the microsecond.
 
+mod callbacks;
 mod connect;
 pub mod embedded;
 mod error;
 mod migrate;
 mod read;
 mod row;
+mod sessions;
 mod write;
 
+pub use callbacks::Callback;
 pub use connect::{DatabaseOptions, Store};
 pub use embedded::{Embedded, EmbeddedError};
 pub use error::StoreError;
 pub use read::{Cursor, EventQuery, HistoryFilter};
+pub use sessions::{SessionCursor, SessionView};
 pub use write::Write;

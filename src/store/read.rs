@@ -54,8 +54,8 @@ impl Store {
     pub async fn execution(&self, project: &str, id: ExecutionId) -> Result<Option<ExecutionRecord>, StoreError> {
         let query = sqlx::query_as!(
             ExecutionRow,
-            r#"SELECT id, project_id, owner, session_id, status, reason, progress, last_seq, task::text AS "task!",
-                      protections, final_message, files_modified, usage::text AS "usage!",
+            r#"SELECT id, project_id, owner, session_id, ordinal, status, reason, progress, last_seq, task::text AS "task!",
+                      protections, final_message, error, files_modified, usage::text AS "usage!",
                       created_at, started_at, completed_at, paused_ms
                FROM executions WHERE project_id = $1 AND id = $2"#,
             project,
@@ -78,8 +78,8 @@ impl Store {
     ) -> Result<Vec<ExecutionRecord>, StoreError> {
         let query = sqlx::query_as!(
             ExecutionRow,
-            r#"SELECT id, project_id, owner, session_id, status, reason, progress, last_seq, task::text AS "task!",
-                      protections, final_message, files_modified, usage::text AS "usage!",
+            r#"SELECT id, project_id, owner, session_id, ordinal, status, reason, progress, last_seq, task::text AS "task!",
+                      protections, final_message, error, files_modified, usage::text AS "usage!",
                       created_at, started_at, completed_at, paused_ms
                FROM executions
                WHERE project_id = $1
@@ -140,8 +140,8 @@ impl Store {
     pub async fn unfinished(&self, owner: Uuid) -> Result<Vec<ExecutionRecord>, StoreError> {
         let query = sqlx::query_as!(
             ExecutionRow,
-            r#"SELECT id, project_id, owner, session_id, status, reason, progress, last_seq, task::text AS "task!",
-                      protections, final_message, files_modified, usage::text AS "usage!",
+            r#"SELECT id, project_id, owner, session_id, ordinal, status, reason, progress, last_seq, task::text AS "task!",
+                      protections, final_message, error, files_modified, usage::text AS "usage!",
                       created_at, started_at, completed_at, paused_ms
                FROM executions WHERE owner = $1 AND completed_at IS NULL ORDER BY created_at, id"#,
             owner

@@ -1,9 +1,12 @@
 //! Between rows and the model's records. Every conversion that can fail says so; none guesses.
 
 use super::StoreError;
-use crate::model::{Event, EventType, ExecutionId, ExecutionRecord, Reason, SessionId, Severity, Status};
+use crate::model::{
+    Event, EventType, ExecutionId, ExecutionRecord, Reason, SessionId, SessionRecord, Severity, Status,
+};
 use chrono::{DateTime, Utc};
 use std::borrow::Cow;
+use std::num::NonZeroU32;
 use uuid::Uuid;
 
 /// A row of `executions`, its JSON as text.
@@ -13,6 +16,7 @@ pub(super) struct ExecutionRow {
     pub(super) project_id: String,
     pub(super) owner: Uuid,
     pub(super) session_id: Uuid,
+    pub(super) ordinal: Option<i32>,
     pub(super) status: String,
     pub(super) reason: Option<String>,
     pub(super) progress: Option<i16>,
@@ -20,6 +24,7 @@ pub(super) struct ExecutionRow {
     pub(super) task: String,
     pub(super) protections: Vec<String>,
     pub(super) final_message: Option<String>,
+    pub(super) error: Option<String>,
     pub(super) files_modified: Vec<String>,
     pub(super) usage: String,
     pub(super) created_at: DateTime<Utc>,
@@ -39,6 +44,7 @@ impl TryFrom<ExecutionRow> for ExecutionRecord {
             project_id: row.project_id,
             owner: row.owner,
             session_id: SessionId(row.session_id),
+            ordinal: row.ordinal.map(|ordinal| ordinal_of(ordinal).ok_or_else(|| corrupt("ordinal"))).transpose()?,
             task: serde_json::from_str(&row.task).map_err(|_| corrupt("task"))?,
             status: Status::parse(&row.status).ok_or_else(|| corrupt("status"))?,
             reason: match row.reason {
@@ -53,6 +59,7 @@ impl TryFrom<ExecutionRow> for ExecutionRecord {
             paused_ms: u64::try_from(row.paused_ms).map_err(|_| corrupt("paused_ms"))?,
             protections: row.protections,
             final_message: row.final_message,
+            error: row.error,
             files_modified: row.files_modified,
             usage: serde_json::from_str(&row.usage).map_err(|_| corrupt("usage"))?,
         })
@@ -82,6 +89,47 @@ impl TryFrom<EventRow> for Event {
             json: row.envelope.into(),
         })
     }
+}
+
+/// A row of `sessions`, its JSON as text.
+#[derive(Debug)]
+pub(super) struct SessionRow {
+    pub(super) id: Uuid,
+    pub(super) project_id: String,
+    pub(super) owner: Uuid,
+    pub(super) remote_id: String,
+    pub(super) model: String,
+    pub(super) system_prompt: Option<String>,
+    pub(super) created_at: DateTime<Utc>,
+    pub(super) ended_at: Option<DateTime<Utc>>,
+}
+
+impl TryFrom<SessionRow> for SessionRecord {
+    type Error = StoreError;
+
+    fn try_from(row: SessionRow) -> Result<Self, StoreError> {
+        let model = serde_json::from_str(&row.model);
+        Ok(Self {
+            id: SessionId(row.id),
+            project_id: row.project_id,
+            owner: row.owner,
+            remote_id: row.remote_id,
+            model: model.map_err(|_| StoreError::Corrupt(format!("session {}, column model", row.id)))?,
+            system_prompt: row.system_prompt,
+            created_at: row.created_at,
+            ended_at: row.ended_at,
+        })
+    }
+}
+
+/// A place among the executions of a session; `None` for a number that is none.
+pub(super) fn ordinal_of(value: i32) -> Option<NonZeroU32> {
+    NonZeroU32::new(u32::try_from(value).ok()?)
+}
+
+/// A place as `integer`; the largest one where it does not fit.
+pub(super) fn integer(ordinal: NonZeroU32) -> i32 {
+    i32::try_from(ordinal.get()).unwrap_or(i32::MAX)
 }
 
 /// Text as Postgres can hold it: `text` has no NUL, so U+FFFD stands in for it.

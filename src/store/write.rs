@@ -4,9 +4,9 @@
 //! shows then ([`Plan`], pure); so a batch that was committed before, or whose execution was deleted in the
 //! meantime, changes nothing, and a status is replaced only where it is the expected one.
 
-use super::row::{bigint, text, texts};
-use super::{Store, StoreError};
-use crate::model::{Event, ExecutionId, ExecutionRecord, Status};
+use super::row::{bigint, integer, text, texts};
+use super::{Store, StoreError, callbacks, sessions};
+use crate::model::{Event, ExecutionId, ExecutionRecord, SessionRecord, Status};
 use sqlx::{Connection, PgConnection};
 use std::collections::BTreeMap;
 use uuid::Uuid;
@@ -21,6 +21,9 @@ pub enum Write {
     /// A change of status from `expected` to what the record says, with everything else that the record holds.
     /// Skipped where the execution does not exist or the row shows the change already.
     Change { expected: Status, record: Box<ExecutionRecord> },
+    /// A session that outlives its executions, as it stands now: made where it is not there yet, and never opened again
+    /// where it has ended.
+    Session(Box<SessionRecord>),
     /// `progress`, `usage`, `files_modified` and `last_seq` of an execution that goes on. A final row is left as it is.
     Progress(Box<ExecutionRecord>),
 }
@@ -56,12 +59,13 @@ impl<'a> Plan<'a> {
                     (record.id, record.last_seq)
                 }
                 Write::Event { execution, event } => (*execution, event.seq),
+                Write::Session(_) => continue,
             };
             let plan: &mut Self =
                 plans.entry(id.0).or_insert_with(|| Self { chain: Vec::new(), record: None, last_seq: 0 });
             plan.last_seq = plan.last_seq.max(seq);
             match write {
-                Write::Submit(_) | Write::Event { .. } => {}
+                Write::Submit(_) | Write::Event { .. } | Write::Session(_) => {}
                 Write::Progress(record) => plan.record = Some(record),
                 Write::Change { expected, record } => {
                     match plan.chain.last() {
@@ -77,6 +81,12 @@ impl<'a> Plan<'a> {
             }
         }
         Ok(plans)
+    }
+
+    /// The statuses that follow `found` in the chain.
+    fn after(&self, found: Status) -> &[Status] {
+        let at = self.chain.iter().position(|status| *status == found);
+        at.map_or(&[], |at| &self.chain[at + 1..])
     }
 
     /// What to do where the row shows `found`. Any status of the chain is taken: the batch, or its first part, may
@@ -107,9 +117,21 @@ impl Store {
         let plans = Plan::of(writes)?;
         self.run(async |connection: &mut PgConnection| {
             let mut transaction = connection.begin().await?;
+            let mut tell = callbacks::News::default();
             for write in writes {
-                if let Write::Submit(record) = write {
-                    insert(&mut transaction, record).await?;
+                match write {
+                    Write::Submit(record) => {
+                        // The first one is no change of the session's status: whoever made it knows.
+                        if insert(&mut transaction, record).await? && record.ordinal.is_some_and(|o| o.get() > 1) {
+                            tell.change(record, record.status);
+                        }
+                    }
+                    Write::Session(record) => {
+                        if sessions::put(&mut transaction, record).await? {
+                            tell.ended(record);
+                        }
+                    }
+                    Write::Event { .. } | Write::Change { .. } | Write::Progress(_) => {}
                 }
             }
             let rows = lock(&mut transaction, plans.keys().copied().collect()).await?;
@@ -119,6 +141,9 @@ impl Store {
                 let Some(plan) = plans.get(&id) else { continue };
                 match (plan.action(id, found)?, plan.record) {
                     (Action::Replace(expected), Some(record)) => {
+                        for status in plan.after(expected) {
+                            tell.change(record, *status);
+                        }
                         replace(&mut transaction, expected, record, plan.last_seq).await?;
                     }
                     (Action::Progress, Some(record)) => progress(&mut transaction, record, plan.last_seq).await?,
@@ -126,6 +151,9 @@ impl Store {
                 }
             }
             raise(&mut transaction, raises).await?;
+            if self.callbacks {
+                tell.write(&mut transaction).await?;
+            }
             transaction.commit().await?;
             Ok(())
         })
@@ -148,13 +176,15 @@ fn json<T: serde::Serialize>(value: &T) -> Result<String, StoreError> {
     serde_json::to_string(value).map_err(|e| sqlx::Error::Encode(e.into()).into())
 }
 
-async fn insert(connection: &mut PgConnection, record: &ExecutionRecord) -> Result<(), StoreError> {
-    let final_message = record.final_message.as_deref().map(text);
-    sqlx::query!(
+/// `false` where it is there already.
+async fn insert(connection: &mut PgConnection, record: &ExecutionRecord) -> Result<bool, StoreError> {
+    let (final_message, error) = (record.final_message.as_deref().map(text), record.error.as_deref().map(text));
+    let done = sqlx::query!(
         r#"INSERT INTO executions
              (id, project_id, owner, task_id, session_id, status, reason, progress, last_seq, task, protections,
-              final_message, files_modified, usage, created_at, started_at, completed_at, paused_ms)
-           VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10::text::json, $11, $12, $13, $14::text::json, $15, $16, $17, $18)
+              final_message, files_modified, usage, created_at, started_at, completed_at, paused_ms, ordinal, error)
+           VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10::text::json, $11, $12, $13, $14::text::json, $15, $16, $17, $18,
+                   $19, $20)
            ON CONFLICT DO NOTHING"#,
         record.id.0,
         &*text(&record.project_id),
@@ -173,11 +203,13 @@ async fn insert(connection: &mut PgConnection, record: &ExecutionRecord) -> Resu
         record.created_at,
         record.started_at,
         record.completed_at,
-        bigint(record.paused_ms)
+        bigint(record.paused_ms),
+        record.ordinal.map(integer),
+        error.as_deref()
     )
     .execute(connection)
     .await?;
-    Ok(())
+    Ok(done.rows_affected() > 0)
 }
 
 /// Locks the rows against deletion and other batches, in one order, and tells what status each shows.
@@ -240,12 +272,12 @@ async fn replace(
     record: &ExecutionRecord,
     last_seq: u64,
 ) -> Result<(), StoreError> {
-    let final_message = record.final_message.as_deref().map(text);
+    let (final_message, error) = (record.final_message.as_deref().map(text), record.error.as_deref().map(text));
     sqlx::query!(
         r#"UPDATE executions
            SET status = $3, reason = $4, progress = $5, last_seq = GREATEST(last_seq, $6), protections = $7,
                final_message = $8, files_modified = $9, usage = $10::text::json,
-               started_at = $11, completed_at = $12, paused_ms = $13
+               started_at = $11, completed_at = $12, paused_ms = $13, error = $14
            WHERE id = $1 AND status = $2"#,
         record.id.0,
         expected.as_str(),
@@ -259,7 +291,8 @@ async fn replace(
         json(&record.usage)?,
         record.started_at,
         record.completed_at,
-        bigint(record.paused_ms)
+        bigint(record.paused_ms),
+        error.as_deref()
     )
     .execute(connection)
     .await?;

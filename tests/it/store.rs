@@ -35,6 +35,7 @@ fn pending() -> ExecutionRecord {
         project_id: PROJECT.to_owned(),
         owner: Uuid::now_v7(),
         session_id: SessionId::new(),
+        ordinal: None,
         task: Task {
             task_id: TaskId::new(),
             prompt: Some(NASTY.to_owned()),
@@ -66,6 +67,7 @@ fn pending() -> ExecutionRecord {
         paused_ms: 0,
         protections: vec![],
         final_message: None,
+        error: None,
         files_modified: vec![],
         usage: Usage::default(),
     }

@@ -1,0 +1,130 @@
+//! What the backend still has to be told: changes of status of the sessions that callers made, in their order.
+//!
+//! A change is written in the transaction of the status itself ([`super::Write`]), so none is lost and none is told
+//! that did not happen. Whoever tells it removes it after the backend has taken it.
+
+use super::{Store, StoreError};
+use crate::model::{ExecutionRecord, SessionId, SessionRecord, Status};
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+/// A change that waits to be told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Callback {
+    /// Grows with each change; the order within a session.
+    pub id: i64,
+    pub session_id: SessionId,
+    /// One of the backend's words: `pending`, `running`, `waiting_input`, `completed`, `failed`, `cancelled`.
+    pub status: String,
+    /// What went wrong, for people, where it failed.
+    pub error: Option<String>,
+}
+
+/// The changes of one batch.
+#[derive(Default)]
+pub(super) struct News {
+    projects: Vec<String>,
+    sessions: Vec<Uuid>,
+    statuses: Vec<&'static str>,
+    errors: Vec<Option<String>>,
+}
+
+/// The backend has no word for a pause: to it the session runs.
+fn word(status: Status) -> &'static str {
+    match status {
+        Status::Paused => Status::Running.as_str(),
+        other => other.as_str(),
+    }
+}
+
+impl News {
+    fn push(&mut self, project: &str, session: SessionId, status: Status, error: Option<String>) {
+        self.projects.push(project.to_owned());
+        self.sessions.push(session.0);
+        self.statuses.push(word(status));
+        self.errors.push(error);
+    }
+
+    /// An execution's status. One that has a session of its own has nobody to tell.
+    pub(super) fn change(&mut self, record: &ExecutionRecord, status: Status) {
+        if record.ordinal.is_some() {
+            let error = record.error.as_deref().filter(|_| status == Status::Failed);
+            self.push(&record.project_id, record.session_id, status, error.map(|e| super::row::text(e).into_owned()));
+        }
+    }
+
+    /// A session that has ended without any execution.
+    pub(super) fn ended(&mut self, record: &SessionRecord) {
+        self.push(&record.project_id, record.id, Status::Cancelled, None);
+    }
+
+    pub(super) async fn write(self, connection: &mut PgConnection) -> Result<(), StoreError> {
+        if self.sessions.is_empty() {
+            return Ok(());
+        }
+        sqlx::query!(
+            r#"INSERT INTO callbacks (project_id, session_id, status, error)
+               SELECT project_id, session_id, status, error
+               FROM UNNEST($1::text[], $2::uuid[], $3::text[], $4::text[]) WITH ORDINALITY
+                    AS n (project_id, session_id, status, error, place)
+               ORDER BY place"#,
+            &self.projects,
+            &self.sessions,
+            &self.statuses as &[&str],
+            &self.errors as &[Option<String>]
+        )
+        .execute(connection)
+        .await?;
+        Ok(())
+    }
+}
+
+impl Store {
+    /// The first change that waits of each session, the one that has waited longest first.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn callbacks(&self, project: &str, limit: u32) -> Result<Vec<Callback>, StoreError> {
+        let query = sqlx::query!(
+            r#"SELECT id, session_id, status, error
+               FROM (SELECT DISTINCT ON (session_id) id, session_id, status, error
+                     FROM callbacks WHERE project_id = $1 ORDER BY session_id, id) AS first
+               ORDER BY id LIMIT $2"#,
+            project,
+            i64::from(limit)
+        );
+        let rows = self.run(async |connection: &mut PgConnection| Ok(query.fetch_all(connection).await?)).await?;
+        let callback = |id, session, status, error| Callback { id, session_id: SessionId(session), status, error };
+        Ok(rows.into_iter().map(|row| callback(row.id, row.session_id, row.status, row.error)).collect())
+    }
+
+    /// How many changes wait.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub async fn callbacks_waiting(&self, project: &str) -> Result<u64, StoreError> {
+        let query = sqlx::query_scalar!(r#"SELECT count(*) AS "count!" FROM callbacks WHERE project_id = $1"#, project);
+        let count = self.run(async |connection: &mut PgConnection| Ok(query.fetch_one(connection).await?)).await?;
+        Ok(u64::try_from(count).unwrap_or(0))
+    }
+
+    /// The backend has taken this one.
+    ///
+    /// # Errors
+    /// [`StoreError`]; then it is told again.
+    pub async fn callback_taken(&self, id: i64) -> Result<(), StoreError> {
+        let query = sqlx::query!("DELETE FROM callbacks WHERE id = $1", id);
+        self.run(async |connection: &mut PgConnection| Ok(query.execute(connection).await?)).await?;
+        Ok(())
+    }
+
+    /// The backend does not know the session: nothing that waits is of use to it.
+    ///
+    /// # Errors
+    /// [`StoreError`]; then it is told again.
+    pub async fn callbacks_unwanted(&self, project: &str, session: SessionId) -> Result<(), StoreError> {
+        let query = sqlx::query!("DELETE FROM callbacks WHERE project_id = $1 AND session_id = $2", project, session.0);
+        self.run(async |connection: &mut PgConnection| Ok(query.execute(connection).await?)).await?;
+        Ok(())
+    }
+}
