@@ -194,8 +194,8 @@ impl Owner {
             Ok(_) => ending.failure,
             Err(_) => None,
         };
-        for call_id in &ending.open_tools {
-            let data = json!({ "call_id": call_id, "tool": null, "result": null, "error": "interrupted", "duration_ms": null });
+        for (call_id, tool) in &ending.open_tools {
+            let data = json!({ "call_id": call_id, "tool": tool, "result": null, "error": "interrupted", "duration_ms": null });
             self.writer.append(NewEvent::new(crate::model::EventType::ToolResult, data).severity(Severity::Warn)).await;
         }
         let done = ending.reason == Reason::Finished;
@@ -225,7 +225,7 @@ impl Owner {
             start_within: deadline.saturating_duration_since(Instant::now()),
             stop: self.stop.clone(),
         };
-        shared.sessions.acquire(wanted).await.map_err(|error| {
+        shared.sessions.acquire(wanted, None).await.map_err(|error| {
             if Instant::now() >= deadline {
                 return Failure::new(
                     Reason::Timeout,

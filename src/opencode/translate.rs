@@ -143,9 +143,9 @@ impl Translator {
         !self.running.is_empty()
     }
 
-    /// The tools that were announced and have no result yet.
-    pub fn open_tools(&self) -> Vec<String> {
-        self.running.iter().map(|(id, _)| id.clone()).collect()
+    /// The calls that were announced and have no result yet, each with its tool.
+    pub fn open_tools(&self) -> Vec<(String, String)> {
+        self.running.clone()
     }
 
     /// Ends the texts that were begun and will not be ended, because the model or the run broke off: their readers get

@@ -13,7 +13,7 @@ mod session;
 mod shell;
 
 pub use run::{Ending, Observer, Progress, Run};
-pub use session::{Ended, Session, SessionError, Wanted};
+pub use session::{Ended, Parked, Session, SessionError, Wanted};
 
 use crate::broker::Broker;
 use crate::opencode::launch::Ports;
@@ -128,21 +128,28 @@ impl Sessions {
         sessions
     }
 
-    /// A session for a task: a warm one that fits, or a new one.
+    /// A session for a task: the parked one taken up again, or a warm one that fits, or a new one.
     ///
     /// # Errors
-    /// [`SessionError`]; nothing is left of what was begun.
-    pub async fn acquire(&self, wanted: Wanted) -> Result<Session, SessionError> {
+    /// [`SessionError`]; nothing is left of what was begun, but a parked one is as it was.
+    pub async fn acquire(&self, wanted: Wanted, parked: Option<&Parked>) -> Result<Session, SessionError> {
         if let Some(refused) = &self.shared.settings.refused {
             return Err(SessionError::Refused(refused.clone()));
         }
         let in_use = InUse::new(&self.shared);
-        let mut session = match self.shared.pool.claim(&wanted) {
+        let warm = if parked.is_none() { self.shared.pool.claim(&wanted) } else { None };
+        let mut session = match warm {
             Some(session) => session,
-            None => Session::start(&self.shared, wanted, false).await?,
+            None => Session::start(&self.shared, wanted, parked, false).await?,
         };
         session.in_use = Some(in_use);
         Ok(session)
+    }
+
+    /// Takes a session that has rested for its next task.
+    pub fn awaken(&self, session: &mut Session, wanted: &Wanted) {
+        session.claim(wanted);
+        session.in_use = Some(InUse::new(&self.shared));
     }
 
     /// The version of OpenCode, once a session has run.

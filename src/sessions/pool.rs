@@ -94,7 +94,7 @@ pub(super) async fn fill(sessions: Sessions, wanted: Wanted) {
                 () = shutdown.cancelled() => return,
             }
             let wanted = Wanted { id: SessionId::new(), ..wanted.clone() };
-            match Session::start(shared, wanted, true).await {
+            match Session::start(shared, wanted, None, true).await {
                 Ok(session) => {
                     tracing::info!("a warm session is ready");
                     if let Some(session) = shared.pool.put(session) {

@@ -10,7 +10,7 @@ use crate::broker::{Exhausted, Facts, Outcome, Report, ShellCall};
 use crate::events::Writer;
 use crate::model::event::{EventType, NewEvent, Severity};
 use crate::model::{Reason, Task, Usage};
-use crate::opencode::client::{ClientError, EventStream, Prompt};
+use crate::opencode::client::{Client, ClientError, EventStream, Prompt};
 use crate::opencode::outcome::{Evidence, Failure, ModelEvidence, Verdict, decide, decide_at_last};
 use crate::opencode::translate::{Signal, Step, Translator};
 use crate::opencode::wire::{MessageInfo, RawEvent};
@@ -55,8 +55,10 @@ pub struct Ending {
     pub final_message: Option<String>,
     /// How far it was in the end.
     pub progress: Progress,
-    /// Calls of tools that have no result.
-    pub open_tools: Vec<String>,
+    /// Calls of tools that have no result, each with its tool.
+    pub open_tools: Vec<(String, String)>,
+    /// OpenCode was idle at the end: it can take another prompt.
+    pub settled: bool,
 }
 
 /// What a run works with.
@@ -87,23 +89,28 @@ impl Run<'_> {
             () = self.stop.cancelled() => return stopped(),
             () = tokio::time::sleep_until(self.deadline) => Err(timed_out(self.task)),
         };
-        let (stream, conversation) = match prepared {
+        let Prepared { stream, conversation, before } = match prepared {
             Ok(prepared) => prepared,
             Err(failure) => return ending(Err(failure), &Translator::new("", ""), Usage::default()),
         };
+        session.conversation = Some(conversation.clone());
         let mut state = State::new(self, session, stream, conversation);
+        state.before = before;
         let result = state.until_end().await;
         for event in state.translator.abandon_texts() {
             self.writer.append(event).await;
         }
         let usage = state.usage();
-        if result.is_none() {
-            return Ending { reason: Reason::Cancelled, ..ending(Ok(()), &state.translator, usage) };
+        match result {
+            None => Ending { reason: Reason::Cancelled, ..ending(Ok(()), &state.translator, usage) },
+            Some(result) => {
+                let settled = state.idle_since.is_some();
+                Ending { settled, ..ending(result, &state.translator, usage) }
+            }
         }
-        ending(result.unwrap_or(Ok(())), &state.translator, usage)
     }
 
-    async fn prepare(&self, session: &Session) -> Result<(EventStream, String), Failure> {
+    async fn prepare(&self, session: &Session) -> Result<Prepared, Failure> {
         let unresponsive = |error: ClientError| {
             tracing::warn!(error = &error as &dyn std::error::Error, "OpenCode does not take the task");
             Failure::new(
@@ -113,13 +120,29 @@ impl Run<'_> {
             )
         };
         let stream = session.client.events().await.map_err(unresponsive)?;
-        let conversation = session.client.create_session(self.title).await.map_err(unresponsive)?;
+        let conversation = match &session.conversation {
+            Some(conversation) => conversation.clone(),
+            None => session.client.create_session(self.title).await.map_err(unresponsive)?,
+        };
+        let before = last_message(&session.client, &conversation).await.map_err(unresponsive)?.map(|info| info.id);
         let text = self.task.prompt_text();
         let prompt =
             Prompt { text: &text, agent: self.task.agent.as_deref(), system: self.task.system_prompt.as_deref() };
         session.client.prompt(&conversation, &prompt).await.map_err(unresponsive)?;
-        Ok((stream, conversation))
+        Ok(Prepared { stream, conversation, before })
     }
+}
+
+/// A prompt that OpenCode has taken.
+struct Prepared {
+    stream: EventStream,
+    conversation: String,
+    /// The last message of the conversation before it.
+    before: Option<String>,
+}
+
+async fn last_message(client: &Client, conversation: &str) -> Result<Option<MessageInfo>, ClientError> {
+    Ok(client.messages(conversation).await?.pop().map(|message| message.info))
 }
 
 fn stopped() -> Ending {
@@ -129,6 +152,7 @@ fn stopped() -> Ending {
         final_message: None,
         progress: Progress::default(),
         open_tools: Vec::new(),
+        settled: false,
     }
 }
 
@@ -140,6 +164,7 @@ fn ending(result: Result<(), Failure>, translator: &Translator, usage: Usage) ->
         final_message: translator.final_text().map(str::to_owned),
         progress: progress_of(translator, usage),
         open_tools: translator.open_tools(),
+        settled: false,
     }
 }
 
@@ -168,6 +193,8 @@ struct State<'a> {
     session: &'a mut Session,
     stream: EventStream,
     conversation: String,
+    /// The last message of the conversation before the prompt: it tells nothing of this run.
+    before: Option<String>,
     translator: Translator,
     shells: Shells,
     /// The agent was seen at work at least once.
@@ -191,6 +218,7 @@ impl<'a> State<'a> {
             session,
             stream,
             conversation,
+            before: None,
             shells: Shells::new(),
             worked: false,
             prompted: now,
@@ -379,8 +407,8 @@ impl<'a> State<'a> {
     }
 
     async fn last_assistant(&self) -> Result<Option<MessageInfo>, ClientError> {
-        let mut messages = self.session.client.messages(&self.conversation).await?;
-        Ok(messages.pop().map(|message| message.info).filter(|info| info.role == "assistant"))
+        let last = last_message(&self.session.client, &self.conversation).await?;
+        Ok(last.filter(|info| info.role == "assistant" && Some(&info.id) != self.before.as_ref()))
     }
 
     fn exhausted(&self, facts: &Facts) -> Option<Failure> {

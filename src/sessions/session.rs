@@ -81,6 +81,20 @@ pub struct Ended {
     pub nothing_left: bool,
 }
 
+/// What is left of a session whose processes were ended: its directories, and in them its conversation.
+#[derive(Clone, Debug)]
+pub struct Parked {
+    directories: Directories,
+    conversation: Option<String>,
+}
+
+impl Parked {
+    /// Removes it for good.
+    pub fn discard(self) {
+        remove(&self.directories);
+    }
+}
+
 /// A running OpenCode.
 #[derive(Debug)]
 pub struct Session {
@@ -91,13 +105,21 @@ pub struct Session {
     pub(super) lease: Lease,
     directories: Directories,
     warm: bool,
+    /// OpenCode's id of the conversation that it has, once it has one.
+    pub(super) conversation: Option<String>,
     /// Set while it runs a task.
     pub(super) in_use: Option<InUse>,
 }
 
 impl Session {
-    /// Starts one. A `warm` one is primed: it has loaded its providers and plugins already.
-    pub(super) async fn start(shared: &Arc<Shared>, wanted: Wanted, warm: bool) -> Result<Self, SessionError> {
+    /// Starts one, on the directories of a parked one where there is one; these stay where it fails. A `warm` one is
+    /// primed: it has loaded its providers and plugins already.
+    pub(super) async fn start(
+        shared: &Arc<Shared>,
+        wanted: Wanted,
+        parked: Option<&Parked>,
+        warm: bool,
+    ) -> Result<Self, SessionError> {
         let settings = &shared.settings;
         let model = &wanted.profile.model;
         let endpoint = url::Url::parse(&model.endpoint).map_err(SessionError::Endpoint)?;
@@ -110,8 +132,14 @@ impl Session {
             },
             limits: wanted.budget(),
         });
-        let directories = Directories::new(settings.directory.join(wanted.id.to_string()));
-        directories.create(&settings.executable).map_err(LaunchError::Directories)?;
+        let directories = match parked {
+            Some(parked) => parked.directories.clone(),
+            None => {
+                let directories = Directories::new(settings.directory.join(wanted.id.to_string()));
+                directories.create(&settings.executable).map_err(LaunchError::Directories)?;
+                directories
+            }
+        };
         let password = random_token().map_err(SessionError::Random)?;
         let shell = directories.shell();
         let configuration = config(
@@ -143,14 +171,26 @@ impl Session {
         let server = match launch(&shared.sandbox, &shared.tasks, &shared.ports, &to_launch).await {
             Ok(server) => server,
             Err(error) => {
-                remove(&directories);
+                if parked.is_none() {
+                    remove(&directories);
+                }
                 return Err(error.into());
             }
         };
         let client = Client::new(server.port.number(), password, &wanted.workdir.to_string_lossy());
         let client = client.map_err(SessionError::Client)?;
-        let session =
-            Self { shared: Arc::clone(shared), wanted, server, client, lease, directories, warm, in_use: None };
+        let conversation = parked.and_then(|parked| parked.conversation.clone());
+        let session = Self {
+            shared: Arc::clone(shared),
+            wanted,
+            server,
+            client,
+            lease,
+            directories,
+            warm,
+            conversation,
+            in_use: None,
+        };
         let ready = async {
             if shared.version.get().is_none() {
                 let version = session.client.version().await.map_err(SessionError::Silent)?;
@@ -167,7 +207,10 @@ impl Session {
             if warm { session.prime().await } else { Ok(()) }
         };
         if let Err(error) = ready.await {
-            session.end(false).await;
+            match parked {
+                Some(_) => drop(session.park(false).await),
+                None => drop(session.end(false).await),
+            }
             return Err(error);
         }
         Ok(session)
@@ -188,6 +231,19 @@ impl Session {
         self.server.process.pid()
     }
 
+    /// OpenCode's id of its conversation, which is begun where it has none.
+    ///
+    /// # Errors
+    /// Where OpenCode does not answer.
+    pub async fn conversation(&mut self, title: &str) -> Result<String, ClientError> {
+        if let Some(conversation) = &self.conversation {
+            return Ok(conversation.clone());
+        }
+        let conversation = self.client.create_session(title).await?;
+        self.conversation = Some(conversation.clone());
+        Ok(conversation)
+    }
+
     /// Takes it over for a task: the task's id and limits from now on.
     pub(super) fn claim(&mut self, wanted: &Wanted) {
         self.wanted.id = wanted.id;
@@ -196,7 +252,7 @@ impl Session {
     }
 
     /// Whether its process still runs.
-    pub(super) fn is_alive(&self) -> bool {
+    pub fn is_alive(&self) -> bool {
         self.server.process.exited().now_or_never().is_none()
     }
 
@@ -224,6 +280,18 @@ impl Session {
     /// its directories. One that is `done` has nothing to flush or to end politely, and goes at once: whoever waits
     /// for the execution's end waits for this.
     pub async fn end(self, done: bool) -> Ended {
+        let ended = self.end_processes(done).await;
+        remove(&self.directories);
+        ended
+    }
+
+    /// The same, but what is on disk stays, for a later start.
+    pub async fn park(self, done: bool) -> (Ended, Parked) {
+        let ended = self.end_processes(done).await;
+        (ended, Parked { directories: self.directories, conversation: self.conversation })
+    }
+
+    async fn end_processes(&self, done: bool) -> Ended {
         let process = &self.server.process;
         if !done && self.is_alive() {
             let disposed = tokio::time::timeout(DISPOSE, self.client.dispose()).await;
@@ -233,15 +301,18 @@ impl Session {
             process.signal(crate::sandbox::Signal::Term);
             let _ = tokio::time::timeout(TERM, process.exited()).await;
         }
-        let ended = match process.kill(KILL).await {
+        match process.kill(KILL).await {
             Ok(gone) => Ended { cpu_seconds: gone.cpu_seconds, nothing_left: true },
             Err(left) => {
                 tracing::error!(?left, session = %self.wanted.id, "processes of a session could not be ended");
                 Ended::default()
             }
-        };
-        remove(&self.directories);
-        ended
+        }
+    }
+
+    /// It runs no task any more, and waits for its next one.
+    pub fn rest(&mut self) {
+        self.in_use = None;
     }
 }
 
