@@ -247,6 +247,7 @@ impl App {
             let choice = ModelChoice {
                 provider: model.provider,
                 model: model.model.clone(),
+                version: None,
                 endpoint: model.endpoint.as_str().trim_end_matches('/').to_owned(),
                 temperature: None,
                 max_tokens: None,
@@ -294,6 +295,7 @@ impl App {
                     max_prompt_length: config.max_prompt_length,
                     limits: config.limits,
                     default_model,
+                    keyring: config.keyring.clone(),
                 },
                 protections,
             },

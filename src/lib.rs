@@ -9,7 +9,7 @@
 //! |---|---|---|
 //! | pure | [`model`] | ids, tasks, events, the state machine of an execution |
 //! | base | [`tasks`] | spawns, tracks and ends every concurrent piece of work |
-//! | | [`secrets`] | makes random tokens |
+//! | | [`secrets`] | makes random tokens, opens sealed keys |
 //! | | [`telemetry`] | log and metrics |
 //! | | [`config`] | the environment, read once |
 //! | owners of I/O | [`sandbox`] | processes: the jail, the proof that nothing is left, the shell tap |

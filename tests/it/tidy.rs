@@ -19,7 +19,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("tasks", &[]),
     ("secrets", &[]),
     ("telemetry", &["model"]),
-    ("config", &["model", "telemetry"]),
+    ("config", &["model", "secrets", "telemetry"]),
     // Owners of I/O.
     ("sandbox", &["tasks"]),
     ("workspace", &[]),
@@ -30,7 +30,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("broker", &["model", "tasks"]),
     // Orchestration.
     ("sessions", &["model", "tasks", "secrets", "telemetry", "sandbox", "events", "opencode", "broker"]),
-    ("executions", &["model", "tasks", "telemetry", "workspace", "store", "events", "opencode", "sessions"]),
+    ("executions", &["model", "tasks", "secrets", "telemetry", "workspace", "store", "events", "opencode", "sessions"]),
     // Edges.
     ("api", &["model", "tasks", "telemetry", "store", "events", "executions"]),
     ("console", &[]),
