@@ -97,7 +97,13 @@ fn each_variable_is_read_and_checked() {
     assert!(read(&[("OPENCODE_COMMAND", "/opt/opencode")]).unwrap().opencode_command.is_some());
 
     let tested: BTreeSet<_> = cases.iter().map(|(name, ..)| *name).chain(["OPENCODE_COMMAND"]).collect();
-    let model = BTreeSet::from(["ENCRYPTION_KEY_PREVIOUS", "OPENCODE_PROVIDER", "OPENCODE_MODEL", "OPENCODE_API_KEY", "OPENCODE_API_ENDPOINT"]);
+    let model = BTreeSet::from([
+        "ENCRYPTION_KEY_PREVIOUS",
+        "OPENCODE_PROVIDER",
+        "OPENCODE_MODEL",
+        "OPENCODE_API_KEY",
+        "OPENCODE_API_ENDPOINT",
+    ]);
     let all: BTreeSet<_> = reference().iter().map(|v| v.name).collect();
     assert_eq!(tested.union(&model).copied().collect::<BTreeSet<_>>(), all);
 }
@@ -225,7 +231,11 @@ fn all_errors_come_at_once_in_order_and_show_no_value() {
 #[test]
 fn secrets_are_not_in_debug() {
     let mut set = MODEL.to_vec();
-    set.extend([("OPENCODE_SHARED_SECRET", "hidden"), ("DATABASE_URL", "postgres://u:hidden@h/db"), ("ENCRYPTION_KEY", KEY)]);
+    set.extend([
+        ("OPENCODE_SHARED_SECRET", "hidden"),
+        ("DATABASE_URL", "postgres://u:hidden@h/db"),
+        ("ENCRYPTION_KEY", KEY),
+    ]);
     let shown = format!("{:?}", read(&set).unwrap());
     assert!(!shown.contains("hidden") && !shown.contains(KEY), "{shown}");
 }

@@ -218,7 +218,10 @@ mod tests {
     fn an_encrypted_key_is_opened() {
         let (_, key) = chosen(&json!({"api_key_encrypted": SEALED, "api_key": ""}), Some(&keyring())).unwrap();
         assert_eq!(key.expose_secret(), "sk-sealed-under-the-current-key");
-        assert_eq!(chosen(&json!({"api_key_encrypted": SEALED_EMPTY}), Some(&keyring())).unwrap().1.expose_secret(), "");
+        assert_eq!(
+            chosen(&json!({"api_key_encrypted": SEALED_EMPTY}), Some(&keyring())).unwrap().1.expose_secret(),
+            ""
+        );
         assert_eq!(chosen(&json!({"api_key_encrypted": ""}), None).unwrap().1.expose_secret(), "");
 
         let refused = |changes: Value, keyring: Option<&Keyring>| {

@@ -79,7 +79,8 @@ pub struct ModelConfig {
     #[schema(minimum = 0, maximum = 2)]
     pub temperature: Option<f64>,
     /// The longest answer, in tokens: 1 to 128000; without it 8192. It is sent with each call. For `anthropic` it is
-    /// lowered to what OpenCode knows as the model's own limit, where it knows the model.
+    /// lowered to what OpenCode knows as the model's own limit, where it knows the model. At api.openai.com it goes by the
+    /// name `max_completion_tokens`.
     #[serde(default)]
     #[schema(minimum = 1, maximum = 128_000)]
     pub max_tokens: Option<u32>,

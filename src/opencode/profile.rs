@@ -111,8 +111,8 @@ pub fn config(profile: &Profile, endpoints: &Endpoints<'_>) -> Value {
             agents[agent]["temperature"] = json!(temperature);
         }
     }
-    if model.enabled_tools.is_some() {
-        for (agent, permissions) in own_denials() {
+    if let Some(enabled) = &model.enabled_tools {
+        for (agent, permissions) in own_denials(enabled) {
             agents[agent]["permission"] = permissions;
         }
     }
@@ -156,9 +156,14 @@ fn permissions(enabled: Option<&[String]>) -> Value {
 }
 
 /// What OpenCode's agents deny by themselves, again: a list of tools overrules that.
-fn own_denials() -> [(&'static str, Value); 3] {
+fn own_denials(enabled: &[String]) -> [(&'static str, Value); 3] {
+    let mut plan = json!({ "edit": "deny" });
+    // A tool whose last rule is about a part of it is offered, even where all the rest is denied.
+    if enabled.iter().any(|tool| tool == "task") {
+        plan["task"] = json!({ "general": "deny" });
+    }
     [
-        ("plan", json!({ "edit": "deny", "task": { "general": "deny" } })),
+        ("plan", plan),
         ("general", json!({ "todowrite": "deny" })),
         ("explore", json!({ "edit": "deny", "skill": "deny", "task": "deny", "todowrite": "deny" })),
     ]
@@ -326,9 +331,11 @@ mod tests {
         assert_eq!(config["permission"].to_string(), permission);
         let config = rules(WRITING);
         assert_eq!(config["permission"]["edit"], "allow");
-        assert_eq!(config["agent"]["plan"]["permission"]["edit"], "deny");
+        assert_eq!(config["agent"]["plan"]["permission"], json!({ "edit": "deny" }));
         assert_eq!(config["agent"]["explore"]["permission"]["edit"], "deny");
         assert!(config["agent"]["build"]["permission"].is_null());
+        let plan = &rules(&["task"])["agent"]["plan"]["permission"];
+        assert_eq!(*plan, json!({ "edit": "deny", "task": { "general": "deny" } }));
     }
 
     #[test]
