@@ -96,7 +96,8 @@ async fn anthropic_with_everything_that_can_be_said() {
 #[tokio::test]
 async fn openai_and_local_and_their_bounds() {
     let world = World::new().await;
-    let sidecar = world.start(&[]).await;
+    let front = world.tls_front().await;
+    let sidecar = world.start(&[("SSL_CERT_FILE", front.certificates.path().to_str().unwrap())]).await;
     // A sub-agent's calls carry the same.
     let inner = Script::new().bash("echo inner").text("inner done").to_prompt("The sub-agent's part.");
     let script = Script::new()
@@ -107,7 +108,8 @@ async fn openai_and_local_and_their_bounds() {
         "temperature": 2, "max_tokens": 1, "api_endpoint": format!("{}/", world.model.base_url()),
     });
     let openai = sidecar.submit_with(&script, json!({ "model_config": openai, "system_prompt": SYSTEM })).await;
-    let local = json!({ "provider": "local", "model": "group/lamp:free", "api_endpoint": world.model.base_url() });
+    // Over TLS.
+    let local = json!({ "provider": "local", "model": "group/lamp:free", "api_endpoint": front.base_url });
     let script = Script::new().write(&world.path("plan.txt"), "x").text("hello");
     let local = sidecar.submit_with(&script, json!({ "model_config": local, "agent": "plan" })).await;
 

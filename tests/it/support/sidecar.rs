@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test's own helpers fail like the test")]
 
 use super::postgres::{fresh_database, sandbox};
+use super::tls::{Front, front};
 use futures_util::StreamExt;
 use opencode_sidecar::opencode::launch::find_command;
 use opencode_sidecar::opencode::sse::Parser;
@@ -112,6 +113,11 @@ impl World {
             Ok(_) => panic!("it started"),
             Err(log) => log,
         }
+    }
+
+    /// The model behind TLS.
+    pub(crate) async fn tls_front(&self) -> Front {
+        front(&self.tasks, &self.model.base_url()).await
     }
 
     pub(crate) fn file(&self, name: &str) -> PathBuf {
