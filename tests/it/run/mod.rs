@@ -9,3 +9,4 @@ mod model_config;
 mod queue;
 mod secrets;
 mod streams;
+mod visible;
