@@ -26,7 +26,7 @@ pub struct TaskRequest {
     /// The model to use; the pod's default without it.
     #[serde(default)]
     pub model_config: Option<ModelConfig>,
-    /// Added to the agent's system prompt, as a system message.
+    /// Added to the agent's system prompt, as a system message. Sub-agents do not get it.
     #[serde(default)]
     #[schema(max_length = 50_000)]
     pub system_prompt: Option<String>,
