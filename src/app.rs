@@ -224,6 +224,9 @@ impl App {
         let state = StateDir::open(&config.state_dir)?;
         let sandbox = Sandbox::new(executable.clone(), tasks.clone()).map_err(StartError::Sandbox)?;
         let workspace = Workspace::open(&config.workspace_dir)?;
+        if let Some(why) = workspace.unshared() {
+            tracing::warn!("{why}");
+        }
         let here = std::env::current_dir().unwrap_or_default();
         let command = find_command(config.opencode_command.as_deref(), std::env::var_os("PATH"), &here)
             .map_err(StartError::OpenCode)?;
@@ -247,6 +250,7 @@ impl App {
             let choice = ModelChoice {
                 provider: model.provider,
                 model: model.model.clone(),
+                version: None,
                 endpoint: model.endpoint.as_str().trim_end_matches('/').to_owned(),
                 temperature: None,
                 max_tokens: None,
@@ -294,6 +298,7 @@ impl App {
                     max_prompt_length: config.max_prompt_length,
                     limits: config.limits,
                     default_model,
+                    keyring: config.keyring.clone(),
                 },
                 protections,
             },
@@ -408,7 +413,10 @@ impl Ready {
     async fn checks(&self) -> Checks {
         let mut checks = Checks::new();
         checks = match self.workspace.check_writable() {
-            Ok(()) => checks.with("workspace", "ok", None),
+            Ok(()) => match self.workspace.unshared() {
+                None => checks.with("workspace", "ok", None),
+                Some(why) => checks.with("workspace", "degraded", Some(why)),
+            },
             Err(error) => checks.failing("workspace", "failed", Some(&error.to_string())),
         };
         let kind = if self.embedded { "embedded" } else { "external" };

@@ -9,6 +9,7 @@ mod reference;
 pub use reference::{Variable, reference};
 
 use crate::model::task::{Limits, Provider};
+use crate::secrets::{Keyring, SealingKey};
 use crate::telemetry::LogFormat;
 use read::Reader;
 use secrecy::SecretString;
@@ -72,6 +73,8 @@ pub struct Config {
     pub sandbox: SandboxMode,
     pub opencode_command: Option<PathBuf>,
     pub default_model: Option<DefaultModel>,
+    /// Opens keys that come encrypted; `None`: such are refused.
+    pub keyring: Option<Keyring>,
     pub shared_secret: Option<SecretString>,
     /// `AUTH=off`.
     pub auth_off: bool,
@@ -159,6 +162,7 @@ impl Config {
             ),
             opencode_command: r.path("OPENCODE_COMMAND"),
             default_model: default_model(&mut r),
+            keyring: keyring(&mut r),
             shared_secret: r.secret("OPENCODE_SHARED_SECRET"),
             auth_off: r.flag("AUTH", "off"),
             model_header_timeout: r.seconds("MODEL_HEADER_TIMEOUT", HOUR),
@@ -210,6 +214,17 @@ fn default_model(r: &mut Reader<'_>) -> Option<DefaultModel> {
         r.fail(&[endpoint_name], "is missing: the providers `local` and `custom` need it");
     }
     Some(DefaultModel { provider: provider?, model: model?, api_key: api_key?, endpoint: endpoint.or(public)? })
+}
+
+fn keyring(r: &mut Reader<'_>) -> Option<Keyring> {
+    let (name, older) = ("ENCRYPTION_KEY", "ENCRYPTION_KEY_PREVIOUS");
+    let expected = "the base64 of 32 bytes, such as `openssl rand -base64 32` writes";
+    let current = r.optional(name, expected, SealingKey::parse);
+    let previous = r.optional(older, expected, SealingKey::parse);
+    if r.is_set(older) && !r.is_set(name) {
+        r.fail(&[older, name], "a previous key needs a present one");
+    }
+    Some(Keyring { current: current?, previous })
 }
 
 fn endpoint(text: &str) -> Option<Url> {

@@ -9,11 +9,11 @@
 //! |---|---|---|
 //! | pure | [`model`] | ids, tasks, events, the state machine of an execution |
 //! | base | [`tasks`] | spawns, tracks and ends every concurrent piece of work |
-//! | | [`secrets`] | makes random tokens |
+//! | | [`secrets`] | makes random tokens, opens sealed keys |
 //! | | [`telemetry`] | log and metrics |
 //! | | [`config`] | the environment, read once |
 //! | owners of I/O | [`sandbox`] | processes: the jail, the proof that nothing is left, the shell tap |
-//! | | [`workspace`] | the one door to paths that come from outside |
+//! | | [`workspace`] | the one door to paths that come from outside; open to its group |
 //! | | [`store`] | Postgres: migrations, queries, the embedded server |
 //! | services | [`events`] | the log of each execution: one way in, one way out |
 //! | | [`opencode`] | starts `opencode serve`, talks to it, understands what it says |
@@ -59,7 +59,7 @@
 //!
 //! | to see | look at |
 //! |---|---|
-//! | what a caller may send | [`model::request`], then `executions::admit`, which checks it |
+//! | what a caller may send | [`model::request`], then `executions::admit` and `models`, which check it |
 //! | how an execution changes its status | [`model::execution`] |
 //! | one execution from its turn to its last event | `executions::owner`, and for what OpenCode does meanwhile `sessions::run` |
 //! | how an OpenCode event becomes one of ours | [`opencode::translate`] |

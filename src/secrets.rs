@@ -1,4 +1,9 @@
-//! Making secrets. Keeping them is the business of whoever holds them, as `SecretString`.
+//! Making secrets, and opening sealed ones (`seal`). Keeping them is the business of whoever holds them, as
+//! `SecretString`.
+
+mod seal;
+
+pub use seal::{Keyring, OpenError, SealingKey};
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;

@@ -36,6 +36,7 @@ impl Direct {
         let model = ModelChoice {
             provider: Provider::Custom,
             model: "scripted".to_owned(),
+            version: None,
             endpoint: world.model.base_url(),
             temperature: None,
             max_tokens: None,

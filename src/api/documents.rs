@@ -112,6 +112,8 @@ impl StatusDocument {
 pub(crate) struct ModelDocument {
     pub(crate) provider: &'static str,
     pub(crate) model: String,
+    /// The pinned version, as it was asked for.
+    pub(crate) model_version: Option<String>,
     pub(crate) api_endpoint: String,
     pub(crate) temperature: Option<f64>,
     pub(crate) max_tokens: Option<u32>,
@@ -124,6 +126,7 @@ impl ModelDocument {
         Self {
             provider: model.provider.as_str(),
             model: model.model.clone(),
+            model_version: model.version.clone(),
             api_endpoint: model.endpoint.clone(),
             temperature: model.temperature,
             max_tokens: model.max_tokens,

@@ -4,7 +4,7 @@ use super::error::{ModelError, Said};
 use super::observe::{Api, Form, Observer};
 use super::server::refuse;
 use super::session::{Call, Exhausted, Session};
-use super::{BrokerConfig, BrokerError, Inner, Upstream, priming};
+use super::{BrokerConfig, BrokerError, Inner, Upstream, dialect, priming};
 use crate::model::task::Provider;
 use axum::body::Body;
 use bytes::Bytes;
@@ -118,6 +118,7 @@ pub(super) async fn forward(
         Ok(headers) => headers,
         Err(error) => return failed(&mut call, error, &Said::default()),
     };
+    let body = dialect::spoken(upstream.provider, &upstream.endpoint, body);
     let sent = inner.client.post(url(&upstream.endpoint, api, parts.uri.query())).headers(headers).body(body).send();
     let answer = match timeout(inner.config.header_timeout, sent).await {
         Ok(Ok(answer)) => answer,

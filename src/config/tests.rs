@@ -16,6 +16,9 @@ fn bad(set: &[(&str, &str)]) -> Vec<Vec<&'static str>> {
 const MODEL: [(&str, &str); 3] =
     [("OPENCODE_PROVIDER", "openai"), ("OPENCODE_MODEL", "gpt-x"), ("OPENCODE_API_KEY", "sk-hidden")];
 
+/// The base64 of 32 bytes.
+const KEY: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
+
 #[test]
 fn an_empty_environment_gives_the_contracts_defaults() {
     for config in [read(&[]), read(&[("PORT", ""), ("OPENCODE_SHARED_SECRET", ""), ("AUTH", "")])] {
@@ -77,6 +80,7 @@ fn each_variable_is_read_and_checked() {
         ("WARM_POOL_SIZE", "2", &["-1", "x"]),
         ("SESSION_PORT_RANGE", "30000-30100", &["30000", "30100-30000", "80-90", "1-65536", "a-b", "-"]),
         ("SANDBOX", "best-effort", &["none", "REQUIRED"]),
+        ("ENCRYPTION_KEY", KEY, &["hidden", "AAEC", &KEY[..43], &format!("{KEY}\n")]),
         ("MODEL_HEADER_TIMEOUT", "5", &["0", "x"]),
         ("MODEL_IDLE_TIMEOUT", "5", &["0", "x"]),
         ("MODEL_MAX_FAILURES", "1", &["0", "x"]),
@@ -93,7 +97,13 @@ fn each_variable_is_read_and_checked() {
     assert!(read(&[("OPENCODE_COMMAND", "/opt/opencode")]).unwrap().opencode_command.is_some());
 
     let tested: BTreeSet<_> = cases.iter().map(|(name, ..)| *name).chain(["OPENCODE_COMMAND"]).collect();
-    let model = BTreeSet::from(["OPENCODE_PROVIDER", "OPENCODE_MODEL", "OPENCODE_API_KEY", "OPENCODE_API_ENDPOINT"]);
+    let model = BTreeSet::from([
+        "ENCRYPTION_KEY_PREVIOUS",
+        "OPENCODE_PROVIDER",
+        "OPENCODE_MODEL",
+        "OPENCODE_API_KEY",
+        "OPENCODE_API_ENDPOINT",
+    ]);
     let all: BTreeSet<_> = reference().iter().map(|v| v.name).collect();
     assert_eq!(tested.union(&model).copied().collect::<BTreeSet<_>>(), all);
 }
@@ -144,6 +154,17 @@ fn the_default_model_is_all_or_nothing() {
 }
 
 #[test]
+fn a_previous_key_needs_a_present_one() {
+    let (name, older) = ("ENCRYPTION_KEY", "ENCRYPTION_KEY_PREVIOUS");
+    assert!(read(&[]).unwrap().keyring.is_none());
+    assert!(read(&[(name, KEY)]).unwrap().keyring.unwrap().previous.is_none());
+    assert!(read(&[(name, KEY), (older, KEY)]).unwrap().keyring.unwrap().previous.is_some());
+    assert_eq!(bad(&[(older, KEY)]), vec![vec![older, name]]);
+    assert_eq!(bad(&[(name, KEY), (older, "hidden")]), vec![vec![older]]);
+    assert_eq!(bad(&[(name, "hidden"), (older, KEY)]), vec![vec![name]]);
+}
+
+#[test]
 fn two_names_of_one_setting_must_agree() {
     for (name, other) in [("TASK_TIMEOUT", "SESSION_TIMEOUT"), ("MAX_CONCURRENT_TASKS", "MAX_CONCURRENT_SESSIONS")] {
         assert!(read(&[(name, "9"), (other, "9")]).is_ok());
@@ -180,6 +201,7 @@ fn all_errors_come_at_once_in_order_and_show_no_value() {
         ("DATABASE_URL", "hidden-4"),
         ("OPENCODE_SHARED_SECRET", "hidden 5"),
         ("OPENCODE_API_KEY", "hidden 6"),
+        ("ENCRYPTION_KEY", "hidden-10"),
         ("LOG_LEVEL", "hidden=7"),
         ("SANDBOX", "hidden-8"),
         ("WORKSPACE_DIR", "hidden-9"),
@@ -198,6 +220,7 @@ fn all_errors_come_at_once_in_order_and_show_no_value() {
             "OPENCODE_PROVIDER",
             "OPENCODE_MODEL",
             "OPENCODE_API_KEY",
+            "ENCRYPTION_KEY",
             "SESSION_OUTPUT_BYTES",
             "JWT_SECRET"
         ]
@@ -208,9 +231,13 @@ fn all_errors_come_at_once_in_order_and_show_no_value() {
 #[test]
 fn secrets_are_not_in_debug() {
     let mut set = MODEL.to_vec();
-    set.extend([("OPENCODE_SHARED_SECRET", "hidden"), ("DATABASE_URL", "postgres://u:hidden@h/db")]);
+    set.extend([
+        ("OPENCODE_SHARED_SECRET", "hidden"),
+        ("DATABASE_URL", "postgres://u:hidden@h/db"),
+        ("ENCRYPTION_KEY", KEY),
+    ]);
     let shown = format!("{:?}", read(&set).unwrap());
-    assert!(!shown.contains("hidden"), "{shown}");
+    assert!(!shown.contains("hidden") && !shown.contains(KEY), "{shown}");
 }
 
 #[cfg(unix)]

@@ -2,11 +2,12 @@
 //!
 //! What this version cannot do is refused by the field's name, never skipped.
 
-use crate::model::request::{LimitsRequest, ModelConfig, OnRestart, PermissionMode, TaskRequest};
-use crate::model::task::{Limits, ModelChoice, Provider, Task};
-use crate::opencode::profile::TOOLS;
+use super::models;
+use crate::model::request::{LimitsRequest, OnRestart, PermissionMode, TaskRequest};
+use crate::model::task::{Limits, ModelChoice, Task};
+use crate::secrets::Keyring;
 use crate::workspace::is_plain_relative;
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use std::path::Path;
 
 /// The longest `metadata`, as JSON, in bytes.
@@ -22,6 +23,8 @@ pub struct Ceilings {
     pub max_prompt_length: usize,
     pub limits: Limits,
     pub default_model: Option<(ModelChoice, SecretString)>,
+    /// Opens keys that come encrypted; `None`: such are refused.
+    pub keyring: Option<Keyring>,
 }
 
 /// A field that cannot be taken, and why.
@@ -34,7 +37,7 @@ pub struct FieldError {
     pub reason: String,
 }
 
-fn refuse<T>(field: &str, reason: impl Into<String>) -> Result<T, FieldError> {
+pub(super) fn refuse<T>(field: &str, reason: impl Into<String>) -> Result<T, FieldError> {
     Err(FieldError { field: field.to_owned(), reason: reason.into() })
 }
 
@@ -114,7 +117,7 @@ pub(super) fn admit(request: TaskRequest, ceilings: &Ceilings) -> Result<(Task, 
         return refuse("metadata", format!("may have at most {MAX_METADATA} bytes as JSON"));
     }
     let (model, api_key) = match request.model_config {
-        Some(config) => model(config)?,
+        Some(config) => models::choose(config, ceilings.keyring.as_ref())?,
         None => match &ceilings.default_model {
             Some((model, key)) => (model.clone(), key.clone()),
             None => {
@@ -142,12 +145,12 @@ pub(super) fn admit(request: TaskRequest, ceilings: &Ceilings) -> Result<(Task, 
     Ok((task, api_key))
 }
 
-fn non_empty(text: Option<String>) -> Option<String> {
+pub(super) fn non_empty(text: Option<String>) -> Option<String> {
     text.filter(|t| !t.is_empty())
 }
 
 /// Names go into paths, logs and terminals: no control characters, nothing that turns the direction of text.
-fn name(field: &str, value: &str) -> Result<(), FieldError> {
+pub(super) fn name(field: &str, value: &str) -> Result<(), FieldError> {
     let bad = |c: char| {
         c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}')
     };
@@ -158,90 +161,6 @@ fn name(field: &str, value: &str) -> Result<(), FieldError> {
         return refuse(field, "may not contain control or direction characters");
     }
     Ok(())
-}
-
-fn model(config: ModelConfig) -> Result<(ModelChoice, SecretString), FieldError> {
-    if config.api_key_encrypted.is_some() {
-        return refuse("model_config.api_key_encrypted", NOT_YET);
-    }
-    if config.model_version.is_some() {
-        return refuse("model_config.model_version", NOT_YET);
-    }
-    let Some(provider) = Provider::parse(&config.provider) else {
-        return refuse("model_config.provider", "must be one of openai, anthropic, local, custom");
-    };
-    if config.model.trim().is_empty() {
-        return refuse("model_config.model", "must not be empty");
-    }
-    name("model_config.model", &config.model)?;
-    let endpoint = match (non_empty(config.api_endpoint), provider.default_endpoint()) {
-        (Some(endpoint), _) => check_endpoint(endpoint)?,
-        (None, Some(default)) => default.to_owned(),
-        (None, None) => {
-            return refuse("model_config.api_endpoint", "is required for the providers local and custom");
-        }
-    };
-    if let Some(temperature) = config.temperature
-        && !(0.0..=2.0).contains(&temperature)
-    {
-        return refuse("model_config.temperature", "must be between 0 and 2");
-    }
-    if let Some(tokens) = config.max_tokens
-        && !(1..=128_000).contains(&tokens)
-    {
-        return refuse("model_config.max_tokens", "must be between 1 and 128000");
-    }
-    let api_key = config.api_key.unwrap_or_default();
-    if api_key.expose_secret().is_empty() && matches!(provider, Provider::Openai | Provider::Anthropic) {
-        return refuse("model_config.api_key", "is required for the providers openai and anthropic");
-    }
-    if api_key.expose_secret().len() > 4096 || !api_key.expose_secret().bytes().all(|b| b.is_ascii_graphic()) {
-        return refuse("model_config.api_key", "must be at most 4096 visible ASCII characters");
-    }
-    let choice = ModelChoice {
-        provider,
-        model: config.model,
-        endpoint,
-        temperature: config.temperature,
-        max_tokens: config.max_tokens,
-        enabled_tools: tools(config.enabled_tools)?,
-    };
-    Ok((choice, api_key))
-}
-
-fn check_endpoint(endpoint: String) -> Result<String, FieldError> {
-    let field = "model_config.api_endpoint";
-    let Ok(url) = url::Url::parse(&endpoint) else { return refuse(field, "must be an absolute URL") };
-    if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
-        return refuse(field, "must be an http or https URL");
-    }
-    if !url.username().is_empty() || url.password().is_some() || url.query().is_some() || url.fragment().is_some() {
-        return refuse(field, "may not carry credentials, a query or a fragment");
-    }
-    Ok(endpoint.trim_end_matches('/').to_owned())
-}
-
-/// The backend's words stand for several tools of OpenCode each; OpenCode's own names are understood too.
-fn tools(asked: Option<Vec<String>>) -> Result<Option<Vec<String>>, FieldError> {
-    let Some(asked) = asked.filter(|tools| !tools.is_empty()) else { return Ok(None) };
-    let mut enabled = Vec::new();
-    for (i, word) in asked.iter().enumerate() {
-        let stands_for: &[&str] = match word.as_str() {
-            "file_ops" => &["read", "write", "edit", "patch", "glob", "grep", "list"],
-            "terminal" | "code_exec" => &["bash"],
-            "web_search" => &["webfetch", "websearch"],
-            own if TOOLS.contains(&own) => {
-                std::slice::from_ref(&TOOLS[TOOLS.iter().position(|t| *t == own).unwrap_or(0)])
-            }
-            _ => return refuse(&format!("model_config.enabled_tools[{i}]"), "is no tool that is known here"),
-        };
-        for tool in stands_for {
-            if !enabled.iter().any(|e| e == tool) {
-                enabled.push((*tool).to_owned());
-            }
-        }
-    }
-    Ok(Some(enabled))
 }
 
 fn limits(asked: &LimitsRequest, ceilings: &Limits) -> Result<Limits, FieldError> {
@@ -271,6 +190,7 @@ fn limits(asked: &LimitsRequest, ceilings: &Limits) -> Result<Limits, FieldError
 #[cfg(test)]
 mod tests {
     use super::*;
+    use secrecy::ExposeSecret;
     use serde_json::{Value, json};
 
     fn ceilings() -> Ceilings {
@@ -279,6 +199,7 @@ mod tests {
             max_prompt_length: 20,
             limits: Limits { output_bytes: 1000, model_calls: 10, total_tokens: 5000 },
             default_model: None,
+            keyring: None,
         }
     }
 
@@ -297,8 +218,7 @@ mod tests {
         let (task, key) = admit(request(|_| {}), &ceilings()).unwrap();
         assert_eq!(task.timeout_seconds, 100);
         assert_eq!(task.limits, ceilings().limits);
-        assert_eq!(task.model.endpoint, "http://127.0.0.1:1/v1");
-        assert_eq!(task.model.enabled_tools, None);
+        assert_eq!(task.model.model, "m");
         assert_eq!(key.expose_secret(), "");
     }
 
@@ -324,32 +244,10 @@ mod tests {
             ("limits.model_calls", Box::new(|b| b["limits"] = json!({"model_calls": 11}))),
             ("limits.output_bytes", Box::new(|b| b["limits"] = json!({"output_bytes": 0}))),
             ("model_config", Box::new(|b| b["model_config"] = Value::Null)),
-            ("model_config.provider", Box::new(|b| b["model_config"]["provider"] = json!("acme"))),
-            ("model_config.model", Box::new(|b| b["model_config"]["model"] = json!(" "))),
-            ("model_config.api_endpoint", Box::new(|b| b["model_config"]["api_endpoint"] = json!("ftp://x"))),
-            ("model_config.api_endpoint", Box::new(|b| b["model_config"]["api_endpoint"] = json!("http://u:p@x/"))),
-            ("model_config.api_endpoint", Box::new(|b| b["model_config"]["api_endpoint"] = Value::Null)),
-            ("model_config.temperature", Box::new(|b| b["model_config"]["temperature"] = json!(2.1))),
-            ("model_config.max_tokens", Box::new(|b| b["model_config"]["max_tokens"] = json!(128_001))),
-            ("model_config.api_key", Box::new(|b| b["model_config"] = json!({"provider": "openai", "model": "m"}))),
-            ("model_config.api_key", Box::new(|b| b["model_config"]["api_key"] = json!("a\nb"))),
-            ("model_config.api_key_encrypted", Box::new(|b| b["model_config"]["api_key_encrypted"] = json!("x"))),
-            ("model_config.enabled_tools[1]", Box::new(|b| b["model_config"]["enabled_tools"] = json!(["bash", "x"]))),
         ];
         for (field, change) in cases {
             let error = admit(request(change), &ceilings()).map(|(task, _)| task).unwrap_err();
             assert_eq!(error.field, field, "{error}");
         }
-    }
-
-    #[test]
-    fn the_backends_words_for_tools() {
-        let tools_of = |words: Value| {
-            admit(request(|b| b["model_config"]["enabled_tools"] = words), &ceilings()).unwrap().0.model.enabled_tools
-        };
-        assert_eq!(tools_of(json!([])), None);
-        assert_eq!(tools_of(json!(["terminal", "code_exec", "bash"])), Some(vec!["bash".to_owned()]));
-        assert_eq!(tools_of(json!(["web_search", "todowrite"])).unwrap(), ["webfetch", "websearch", "todowrite"]);
-        assert_eq!(tools_of(json!(["file_ops"])).unwrap().len(), 7);
     }
 }

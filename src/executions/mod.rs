@@ -1,12 +1,13 @@
 //! Executions: taken in, queued, run, cancelled, ended, forgotten.
 //!
-//! - `admit`: from a request to a task, or to the field that is wrong.
+//! - `admit`: from a request to a task, or to the field that is wrong; `models`: the same for its `model_config`.
 //! - `queue`: who runs and who waits, pure.
 //! - `owner`: the life of one execution, from its turn to its last event.
 //!
 //! Statuses are decided by `model::execution` alone; this module carries out what it says.
 
 mod admit;
+mod models;
 mod owner;
 mod queue;
 

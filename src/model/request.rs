@@ -26,11 +26,12 @@ pub struct TaskRequest {
     /// The model to use; the pod's default without it.
     #[serde(default)]
     pub model_config: Option<ModelConfig>,
-    /// Added to the agent's system prompt.
+    /// Added to the agent's system prompt, as a system message. Sub-agents do not get it.
     #[serde(default)]
     #[schema(max_length = 50_000)]
     pub system_prompt: Option<String>,
-    /// The OpenCode agent that takes the task: `build` (default) or `plan`.
+    /// The OpenCode agent that takes the task: `build` (default), or `plan`, which may not write or edit files (its shell
+    /// may: leave `bash` out of `enabled_tools` to deny that too).
     #[serde(default)]
     pub agent: Option<String>,
     /// Directory to work in, relative to the workspace. It is made where it is missing, and may not lead outside.
@@ -58,32 +59,47 @@ pub struct TaskRequest {
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
-    /// `openai`, `anthropic`, `local` or `custom`.
+    /// `openai`, `anthropic`, `local` or `custom`. `anthropic` speaks Anthropic's messages API, the others OpenAI's chat
+    /// completions.
     pub provider: String,
     /// The provider's name of the model.
     pub model: String,
-    /// The provider's key. It stays in the sidecar.
+    /// The provider's key. It stays in the sidecar. `openai` and `anthropic` need one.
     #[serde(default)]
     #[schema(value_type = Option<String>, write_only)]
     pub api_key: Option<SecretString>,
-    /// Not supported by this version.
+    /// The same, encrypted: base64 of a nonce of 12 bytes, the ciphertext and a tag of 16 bytes, AES-256-GCM under
+    /// `ENCRYPTION_KEY` or `ENCRYPTION_KEY_PREVIOUS`, without additional data. Not together with `api_key`.
     #[serde(default)]
-    pub api_key_encrypted: Option<String>,
-    /// 0 to 2.
+    #[schema(value_type = Option<String>, write_only)]
+    pub api_key_encrypted: Option<SecretString>,
+    /// 0 to 2; for `anthropic` 0 to 1. It is sent with each call, those of sub-agents too. Without it none is sent, but
+    /// for a few models of which OpenCode knows better (Gemini, GLM, Kimi, MiniMax).
     #[serde(default)]
     #[schema(minimum = 0, maximum = 2)]
     pub temperature: Option<f64>,
-    /// The longest answer, in tokens: 1 to 128000.
+    /// The longest answer, in tokens: 1 to 128000; without it 8192. It is sent with each call. For `anthropic` it is
+    /// lowered to what OpenCode knows as the model's own limit, where it knows the model. At api.openai.com it goes by the
+    /// name `max_completion_tokens`.
     #[serde(default)]
     #[schema(minimum = 1, maximum = 128_000)]
     pub max_tokens: Option<u32>,
-    /// Tools the agent may use; null, absent and empty mean all.
+    /// Tools the agent and its sub-agents may use; null, absent and empty mean all. Each other tool is denied, also one
+    /// that comes with a later OpenCode.
+    ///
+    /// `file_ops` stands for `read`, `write`, `edit`, `patch`, `glob`, `grep` and `list`; `terminal` and `code_exec` for
+    /// `bash`; `web_search` for `webfetch` and `websearch`. OpenCode's own names, known are: `bash`, `edit`, `glob`, `grep`,
+    /// `read`, `skill`, `task`, `todowrite`, `webfetch`, `websearch`, `write`, and `apply_patch` or `patch`. `write`, `edit`
+    /// and `patch` are one right: each stands for all three. `task` starts sub-agents, which have the same tools. OpenCode
+    /// offers no `list` any more, and `websearch` only where it has a search service; here it has none.
     #[serde(default)]
     pub enabled_tools: Option<Vec<String>>,
-    /// Not supported by this version.
+    /// The pinned version of the model. What the provider is asked for is the version itself where it begins with
+    /// `model` (`claude-x`, `claude-x-20300101`), else `<model>-<model_version>` (`claude-x`, `20300101`).
     #[serde(default)]
     pub model_version: Option<String>,
-    /// Base URL of the provider's API with its version; required for `local` and `custom`.
+    /// Base URL of the provider's API with its version, such as `https://api.openai.com/v1`; required for `local` and
+    /// `custom`. Slashes at its end do not count.
     #[serde(default)]
     pub api_endpoint: Option<String>,
 }

@@ -3,6 +3,7 @@
 use super::{SessionId, TaskId};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::borrow::Cow;
 use std::time::Duration;
 
 /// What to run, as accepted. Stored with the execution and shown by `GET /tasks/{id}`.
@@ -80,6 +81,14 @@ impl Provider {
         [Self::Openai, Self::Anthropic, Self::Local, Self::Custom].into_iter().find(|p| p.as_str() == word)
     }
 
+    /// The highest temperature that it takes. OpenCode would lower a higher one without a word.
+    pub fn max_temperature(self) -> f64 {
+        match self {
+            Self::Anthropic => 1.0,
+            Self::Openai | Self::Local | Self::Custom => 2.0,
+        }
+    }
+
     /// The provider's public base URL, where it has one.
     pub fn default_endpoint(self) -> Option<&'static str> {
         match self {
@@ -95,12 +104,27 @@ impl Provider {
 pub struct ModelChoice {
     pub provider: Provider,
     pub model: String,
+    /// The pinned version, as it was asked for.
+    #[serde(default)]
+    pub version: Option<String>,
     /// Base URL, up to and with the version (`https://api.openai.com/v1`).
     pub endpoint: String,
     pub temperature: Option<f64>,
     pub max_tokens: Option<u32>,
     /// OpenCode's own tool names; `None` means all.
     pub enabled_tools: Option<Vec<String>>,
+}
+
+impl ModelChoice {
+    /// What the model is called at the provider: the version where that begins with the model's name, else
+    /// `<model>-<version>`; the model alone where no version is pinned.
+    pub fn name(&self) -> Cow<'_, str> {
+        match &self.version {
+            None => Cow::Borrowed(&self.model),
+            Some(version) if version.starts_with(&self.model) => Cow::Borrowed(version),
+            Some(version) => Cow::Owned(format!("{}-{version}", self.model)),
+        }
+    }
 }
 
 /// Ceilings of one execution that hold in this version; each is at most the configured one.

@@ -144,6 +144,8 @@ async fn launch_once(sandbox: &Sandbox, tasks: &Tasks, ports: &Ports, launch: &L
             stop_grace: Duration::ZERO,
             // When memory runs out, the kernel is to take the agent and not the sidecar.
             oom_score_adj: Some(1000),
+            // The workspace is shared by its group (see `workspace`); what is the session's own has modes of its own.
+            umask: Some(0o002),
         })
         .await?;
     let lines = Lines::default();

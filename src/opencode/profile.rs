@@ -12,24 +12,40 @@ use std::time::Duration;
 /// The provider's name inside OpenCode. Not a built-in one: those bring SDKs and endpoints of their own.
 pub const PROVIDER_ID: &str = "sidecar";
 
-/// OpenCode's tools, as of 1.18.33. What a task does not enable is denied by name.
+/// The tools that a task may name, as of OpenCode 1.18.33. `list` and `patch` are older names that callers know:
+/// there is no tool `list` any more, and `apply_patch` is what `patch` has become.
 pub const TOOLS: &[&str] = &[
+    "apply_patch",
     "bash",
     "edit",
     "glob",
     "grep",
     "list",
     "patch",
-    "question",
     "read",
     "skill",
     "task",
-    "todoread",
     "todowrite",
     "webfetch",
     "websearch",
     "write",
 ];
+
+/// The tools that change files. OpenCode asks one and the same permission for all of them, `edit`, and gives some models
+/// `apply_patch` in place of the other two.
+pub const WRITING: &[&str] = &["write", "edit", "patch", "apply_patch"];
+
+/// The most tokens that an answer may be limited to. OpenCode would cut off at 32,000 by itself.
+pub const MAX_OUTPUT: u32 = 128_000;
+/// The limit of an answer, in tokens, where the task has none.
+const DEFAULT_OUTPUT: u32 = 8192;
+/// The window that a model is taken to have, in tokens, and what of it is left for the conversation at least. OpenCode
+/// shortens the conversation when it is longer than the window without the answer.
+const CONTEXT: u32 = 128_000;
+const LEAST_INPUT: u32 = 64_000;
+
+/// Every agent of OpenCode's that calls the model; `title` is off.
+const AGENTS: &[&str] = &["build", "plan", "general", "explore", "compaction", "summary"];
 
 /// Everything that a process is started with and that cannot change while it lives.
 #[derive(Clone, Debug, PartialEq)]
@@ -60,17 +76,19 @@ pub fn config(profile: &Profile, endpoints: &Endpoints<'_>) -> Value {
     };
     // The broker's clocks are the ones that count, since it says what happened; OpenCode's come after them.
     let later = |timeout: Duration| u64::try_from((timeout + Duration::from_secs(15)).as_millis()).unwrap_or(u64::MAX);
-    let name = format!("{PROVIDER_ID}/{}", model.model);
+    let name = model.name();
+    let output = model.max_tokens.unwrap_or(DEFAULT_OUTPUT);
     let mut models = Map::new();
     models.insert(
-        model.model.clone(),
+        name.clone().into_owned(),
         json!({
-            "name": model.model,
+            "name": name,
             "temperature": true,
             "tool_call": true,
-            "limit": { "context": 128_000, "output": model.max_tokens.unwrap_or(8192) },
+            "limit": { "context": CONTEXT.max(output + LEAST_INPUT), "output": output },
         }),
     );
+    let name = format!("{PROVIDER_ID}/{name}");
     let mut providers = Map::new();
     providers.insert(
         PROVIDER_ID.to_owned(),
@@ -89,8 +107,13 @@ pub fn config(profile: &Profile, endpoints: &Endpoints<'_>) -> Value {
     );
     let mut agents = json!({ "title": { "disable": true } });
     if let Some(temperature) = model.temperature {
-        for agent in ["build", "plan", "general", "explore"] {
-            agents[agent] = json!({ "temperature": temperature });
+        for agent in AGENTS {
+            agents[agent]["temperature"] = json!(temperature);
+        }
+    }
+    if let Some(enabled) = &model.enabled_tools {
+        for (agent, permissions) in own_denials(enabled) {
+            agents[agent]["permission"] = permissions;
         }
     }
     json!({
@@ -106,15 +129,23 @@ pub fn config(profile: &Profile, endpoints: &Endpoints<'_>) -> Value {
     })
 }
 
+/// What holds for all agents. The last rule that fits decides, and these come after each agent's own. So nothing is
+/// allowed here that an agent denies itself, unless a list of tools forces it; see [`own_denials`].
+///
 /// No rule asks: nobody could answer (OPENCODE.md: an ask waits for ever). The agent's own questions are denied for
-/// the same reason.
+/// the same reason, and `read` is allowed because OpenCode asks before it reads a `.env`.
 fn permissions(enabled: Option<&[String]>) -> Value {
+    // Sorted by name, so `*` is the first rule.
     let mut rules = Map::new();
-    rules.insert("*".to_owned(), json!("allow"));
-    if let Some(enabled) = enabled {
-        for tool in TOOLS {
-            if !enabled.iter().any(|name| name == tool) {
-                rules.insert((*tool).to_owned(), json!("deny"));
+    match enabled {
+        None => {
+            rules.insert("read".to_owned(), json!("allow"));
+        }
+        Some(enabled) => {
+            rules.insert("*".to_owned(), json!("deny"));
+            for tool in enabled {
+                let permission = if WRITING.contains(&tool.as_str()) { "edit" } else { tool };
+                rules.insert(permission.to_owned(), json!("allow"));
             }
         }
     }
@@ -122,6 +153,20 @@ fn permissions(enabled: Option<&[String]>) -> Value {
         rules.insert(name.to_owned(), json!("deny"));
     }
     Value::Object(rules)
+}
+
+/// What OpenCode's agents deny by themselves, again: a list of tools overrules that.
+fn own_denials(enabled: &[String]) -> [(&'static str, Value); 3] {
+    let mut plan = json!({ "edit": "deny" });
+    // A tool whose last rule is about a part of it is offered, even where all the rest is denied.
+    if enabled.iter().any(|tool| tool == "task") {
+        plan["task"] = json!({ "general": "deny" });
+    }
+    [
+        ("plan", plan),
+        ("general", json!({ "todowrite": "deny" })),
+        ("explore", json!({ "edit": "deny", "skill": "deny", "task": "deny", "todowrite": "deny" })),
+    ]
 }
 
 /// The directories of one session, all below one that is its own.
@@ -196,6 +241,7 @@ pub fn environment(
     set("OPENCODE_SERVER_PASSWORD", password.into());
     set("OPENCODE_CONFIG_CONTENT", config.to_string().into());
     set("OPENCODE_CLIENT", "opencode-sidecar".into());
+    set("OPENCODE_EXPERIMENTAL_OUTPUT_TOKEN_MAX", MAX_OUTPUT.to_string().into());
     for what in [
         "AUTOUPDATE",
         "MODELS_FETCH",
@@ -225,6 +271,7 @@ mod tests {
             model: ModelChoice {
                 provider: Provider::Custom,
                 model: "m".into(),
+                version: None,
                 endpoint: "https://x.example/v1".into(),
                 temperature: Some(0.25),
                 max_tokens: Some(321),
@@ -245,20 +292,50 @@ mod tests {
         assert_eq!(config["provider"]["sidecar"]["options"]["baseURL"], "http://b/v1");
         assert_eq!(config["provider"]["sidecar"]["models"]["m"]["limit"]["output"], 321);
         assert_eq!(config["agent"]["build"]["temperature"], 0.25);
-        assert_eq!(config["permission"]["*"], "allow");
-        assert_eq!(config["permission"]["external_directory"], "deny");
-        assert_eq!(config["permission"]["question"], "deny");
-        assert!(!config["permission"].to_string().contains("ask\""));
+        let denied = json!({"read": "allow", "external_directory": "deny", "doom_loop": "deny", "question": "deny"});
+        assert_eq!(config["permission"], denied, "no agent's own denial is overruled");
+        assert_eq!(config["agent"]["plan"], json!({"temperature": 0.25}));
+    }
+
+    #[test]
+    fn the_longest_answer_leaves_room_for_the_conversation() {
+        let mut profile = profile(None);
+        for (asked, output, context) in
+            [(None, 8192, 128_000), (Some(64_000), 64_000, 128_000), (Some(MAX_OUTPUT), MAX_OUTPUT, 192_000)]
+        {
+            profile.model.max_tokens = asked;
+            let config = config(&profile, &endpoints(Path::new("/b")));
+            let limit = &config["provider"]["sidecar"]["models"]["m"]["limit"];
+            assert_eq!(*limit, json!({ "context": context, "output": output }));
+        }
+    }
+
+    #[test]
+    fn a_pinned_version_is_what_is_called() {
+        let mut profile = profile(None);
+        profile.model.version = Some("m-2030".into());
+        let config = config(&profile, &endpoints(Path::new("/b")));
+        assert_eq!((&config["model"], &config["small_model"]), (&json!("sidecar/m-2030"), &json!("sidecar/m-2030")));
+        assert!(config["provider"]["sidecar"]["models"]["m-2030"].is_object());
     }
 
     #[test]
     fn what_is_not_enabled_is_denied() {
-        let config = config(&profile(Some(vec!["read".into(), "grep".into()])), &endpoints(Path::new("/b")));
-        for tool in TOOLS {
-            let rule = &config["permission"][tool];
-            let enabled = ["read", "grep"].contains(tool);
-            assert_eq!(rule.as_str(), if enabled { None } else { Some("deny") }, "{tool}");
-        }
+        let rules = |tools: &[&str]| {
+            let tools = tools.iter().map(|tool| (*tool).to_owned()).collect();
+            config(&profile(Some(tools)), &endpoints(Path::new("/b")))
+        };
+        let config = rules(&["read", "grep"]);
+        // OpenCode takes them in this order, and the last that fits decides.
+        let permission = r#"{"*":"deny","doom_loop":"deny","external_directory":"deny","grep":"allow","question":"deny","read":"allow"}"#;
+        assert_eq!(config["permission"].to_string(), permission);
+        let config = rules(WRITING);
+        assert_eq!(config["permission"]["edit"], "allow");
+        assert_eq!(config["agent"]["plan"]["permission"], json!({ "edit": "deny" }));
+        assert_eq!(config["agent"]["explore"]["permission"]["edit"], "deny");
+        assert!(config["agent"]["build"]["permission"].is_null());
+        let plan = &rules(&["task"])["agent"]["plan"]["permission"];
+        assert_eq!(*plan, json!({ "edit": "deny", "task": { "general": "deny" } }));
     }
 
     #[test]

@@ -14,6 +14,7 @@ use nix::sys::prctl;
 use nix::sys::resource::{Resource, UsageWho, getrusage, setrlimit};
 use nix::sys::signal::{self, SigSet, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::stat;
 use nix::sys::time::TimeValLike;
 use nix::unistd::{self, Pid};
 use std::collections::BTreeSet;
@@ -84,6 +85,10 @@ fn start(policy: &Policy) -> Result<(Pid, SignalFd), Failed> {
         }
         None => None,
     };
+    if let Some(umask) = policy.umask {
+        // The jail makes no files itself. There is no way in which this can fail.
+        stat::umask(stat::Mode::from_bits_truncate(umask));
+    }
     let cwd = policy.cwd();
     if !cwd.is_dir() {
         return Err(Failed { step: "cwd", error: format!("{} is not a directory", cwd.display()) });

@@ -131,6 +131,8 @@ pub struct Spec {
     pub stop_grace: Duration,
     /// How readily the kernel kills it when memory runs out, -1000 to 1000; less than the sidecar's own needs root.
     pub oom_score_adj: Option<i32>,
+    /// The permissions that files it makes lack, such as `0o022`; without one, the sidecar's own.
+    pub umask: Option<u32>,
 }
 
 impl Spec {
@@ -146,6 +148,7 @@ impl Spec {
             stop_signal: Signal::Term,
             stop_grace: Duration::ZERO,
             oom_score_adj: None,
+            umask: None,
         }
     }
 }
@@ -162,6 +165,7 @@ impl fmt::Debug for Spec {
             .field("stop_signal", &self.stop_signal)
             .field("stop_grace", &self.stop_grace)
             .field("oom_score_adj", &self.oom_score_adj)
+            .field("umask", &self.umask)
             .finish()
     }
 }

@@ -17,6 +17,7 @@ pub(super) struct Policy {
     pub(super) stop_signal: Signal,
     pub(super) stop_grace_ms: u64,
     pub(super) oom_score_adj: Option<i32>,
+    pub(super) umask: Option<u32>,
 }
 
 impl Policy {
@@ -30,6 +31,7 @@ impl Policy {
             stop_signal: spec.stop_signal,
             stop_grace_ms: u64::try_from(spec.stop_grace.as_millis()).unwrap_or(u64::MAX),
             oom_score_adj: spec.oom_score_adj,
+            umask: spec.umask,
         }
     }
 

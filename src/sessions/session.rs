@@ -128,7 +128,7 @@ impl Session {
                 provider: model.provider,
                 endpoint,
                 api_key: wanted.api_key.clone(),
-                model: model.model.clone(),
+                model: model.name().into_owned(),
             },
             limits: wanted.budget(),
         });

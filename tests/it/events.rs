@@ -18,6 +18,7 @@ fn record() -> ExecutionRecord {
     let model = ModelChoice {
         provider: Provider::Local,
         model: "m".into(),
+        version: None,
         endpoint: "http://127.0.0.1:1/v1".into(),
         temperature: None,
         max_tokens: None,

@@ -298,16 +298,15 @@ async fn a_helper_runs_to_its_end_or_to_its_deadline() {
 }
 
 #[tokio::test]
+#[cfg_attr(not(as_root), ignore = "acts as another user, which takes root")]
 async fn another_user_has_no_groups_of_ours() {
-    if !nix::unistd::geteuid().is_root() {
-        return;
-    }
     let bench = Bench::new();
-    let mut spec = bench.sh("id -u; id -G; cat /proc/self/oom_score_adj");
+    let mut spec = bench.sh("id -u; id -G; cat /proc/self/oom_score_adj; umask");
     spec.user = Some(opencode_sidecar::sandbox::User { uid: 65534, gid: 65534 });
     spec.oom_score_adj = Some(900);
+    spec.umask = Some(0o027);
     let output = bench.sandbox.run(spec, DEADLINE).await.unwrap();
-    assert_eq!(String::from_utf8(output.stdout).unwrap(), "65534\n65534\n900\n");
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), "65534\n65534\n900\n0027\n");
     bench.nothing_is_left().await;
 }
 

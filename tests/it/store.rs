@@ -45,6 +45,7 @@ fn pending() -> ExecutionRecord {
             model: ModelChoice {
                 provider: Provider::Local,
                 model: "m".to_owned(),
+                version: Some("m-2030".to_owned()),
                 endpoint: "http://127.0.0.1:1/v1".to_owned(),
                 temperature: Some(0.5),
                 max_tokens: Some(128_000),

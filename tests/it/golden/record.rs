@@ -55,6 +55,7 @@ pub(super) async fn record(scenario: &Scenario) -> Vec<Recorded> {
     let choice = ModelChoice {
         provider: Provider::Custom,
         model: "scripted".to_owned(),
+        version: None,
         endpoint: model.base_url(),
         temperature: None,
         max_tokens: None,

@@ -5,6 +5,8 @@ mod ending;
 mod faults;
 mod life;
 mod main_job;
+mod model_config;
 mod queue;
 mod secrets;
 mod streams;
+mod visible;

@@ -1,14 +1,26 @@
-//! The provider's key stays in the sidecar: a session that looks for it everywhere finds nothing.
+//! The provider's key stays in the sidecar, also one that came encrypted, and with it what it was encrypted under: a
+//! session that looks for them everywhere finds nothing.
 
 use crate::support::sidecar::{API_KEY, World, text_of};
 use opencode_sidecar::scripted::Script;
+use serde_json::json;
+use std::collections::BTreeSet;
 use std::path::Path;
 
+/// The pod's own key, which this task does not use.
+const DEFAULT_KEY: &str = "sk-the-default-key-9876543210";
+/// The bytes 0 to 31, in base64.
+const ENCRYPTION_KEY: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
+/// [`API_KEY`] under it, made with Python's `cryptography`:
+/// `nonce = bytes(range(72, 84)); b64encode(nonce + AESGCM(bytes(range(32))).encrypt(nonce, API_KEY, None))`
+const SEALED: &str = "SElKS0xNTk9QUVJTvUamFx2END29IVtQBUVQXw+LPGIK7oKayw3Shb73xdyni/1yWZ4kpGt777iKedv7";
+const SECRETS: [&str; 4] = [API_KEY, DEFAULT_KEY, ENCRYPTION_KEY, SEALED];
+
 /// What a hostile shell command can look at. The sandbox is another matter: here the agent is its own worst case. It
-/// looks for whatever begins like the key, and for a marker of its own, to show that it would find it.
+/// looks for whatever begins like one of them, and for a marker of its own, to show that it would find it.
 const SEARCH: &str = r#"
 echo "sk-""the-marker" > "$HOME/marker"
-look() { grep -a -o 'sk-the-[-a-z0-9]*'; }
+look() { grep -a -o -e 'sk-the-[-a-z0-9]*' -e 'AAECAwQF''BgcI' -e 'SElKS0xN''Tk9Q'; }
 { env; for p in $OPENCODE_PID $PPID $$; do cat /proc/$p/environ /proc/$p/cmdline; done; } | look
 find "$HOME/.." -type f -exec cat {} + 2>/dev/null | look | sort -u
 password=$(tr '\0' '\n' < /proc/$OPENCODE_PID/environ | sed -n 's/^OPENCODE_SERVER_PASSWORD=//p')
@@ -32,8 +44,10 @@ fn assert_absent(directory: &Path) -> usize {
             Ok(kind) if kind.is_file() => {
                 let Ok(content) = std::fs::read(&path) else { continue };
                 files += 1;
-                let found = content.windows(API_KEY.len()).any(|window| window == API_KEY.as_bytes());
-                assert!(!found, "the key is in {}", path.display());
+                for secret in SECRETS {
+                    let found = content.windows(secret.len()).any(|window| window == secret.as_bytes());
+                    assert!(!found, "{secret} is in {}", path.display());
+                }
             }
             _ => {}
         }
@@ -44,9 +58,12 @@ fn assert_absent(directory: &Path) -> usize {
 #[tokio::test]
 async fn the_key_is_nowhere_in_the_session() {
     let world = World::new().await;
-    let sidecar = world.start(&[]).await;
+    let changes = [("ENCRYPTION_KEY", ENCRYPTION_KEY), ("OPENCODE_API_KEY", DEFAULT_KEY), ("LOG_LEVEL", "debug")];
+    let mut sidecar = world.start(&changes).await;
     let script = Script::new().bash(SEARCH).bash("echo searched; until [ -e gate ]; do sleep 0.02; done").text("done");
-    let id = sidecar.submit(&script).await;
+    let model_config = json!({ "provider": "custom", "model": "lamp", "api_key_encrypted": SEALED,
+        "api_endpoint": world.model.base_url() });
+    let id = sidecar.submit_with(&script, json!({ "model_config": model_config })).await;
     let mut stream = sidecar.stream(&id, 0).await;
     stream.until("the search's end", |e| e["type"] == "stdout" && e["data"] == "searched\n").await;
     assert!(assert_absent(world.state.path()) > 5, "the session's files are there to be searched");
@@ -58,12 +75,16 @@ async fn the_key_is_nowhere_in_the_session() {
     for proof in ["sk-the-marker", "/config: 43 HTTP/1.1 200", "/config/providers: 43 HTTP/1.1 200"] {
         assert!(found.contains(proof), "the search did not work: no {proof} in {found}");
     }
-    assert!(!found.contains(API_KEY));
-    for event in &events {
-        assert!(!event.to_string().contains(API_KEY), "{event}");
-    }
     let record = sidecar.get(&format!("/tasks/{id}")).await;
-    assert!(!record.to_string().contains(API_KEY));
+    let log = sidecar.log_so_far();
+    assert!(log.len() > 50, "the log is there to be searched");
+    let told = events.iter().chain([&record]).map(ToString::to_string).chain(log);
+    for line in told {
+        assert!(SECRETS.iter().all(|secret| !line.contains(secret)), "{line}");
+    }
+    // Nothing but the marker, the word that the command line itself looks for, and what the script says.
+    let found: BTreeSet<_> = found.lines().filter(|line| !line.starts_with('/')).collect();
+    assert_eq!(found, BTreeSet::from(["searched", "sk-the-", "sk-the-marker"]));
     // And yet it is what the provider got.
     assert!(world.model.calls() > 0);
     assert!(world.model.authorization_values().iter().all(|value| value == &format!("Bearer {API_KEY}")));

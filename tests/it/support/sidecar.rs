@@ -4,10 +4,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test's own helpers fail like the test")]
 
 use super::postgres::{fresh_database, sandbox};
+use super::tls::{Front, front};
 use futures_util::StreamExt;
 use opencode_sidecar::opencode::launch::find_command;
 use opencode_sidecar::opencode::sse::Parser;
-use opencode_sidecar::sandbox::{Exit, Process, Signal, Spec};
+use opencode_sidecar::sandbox::{Exit, Process, Sandbox, Signal, Spec};
 use opencode_sidecar::scripted::{Script, ScriptedModel};
 use opencode_sidecar::tasks::Tasks;
 use reqwest::{Method, Response};
@@ -114,6 +115,16 @@ impl World {
         }
     }
 
+    /// The model behind TLS.
+    pub(crate) async fn tls_front(&self) -> Front {
+        front(&self.tasks, &self.model.base_url()).await
+    }
+
+    /// Where processes can be started beside the sidecar.
+    pub(crate) fn sandbox(&self) -> Sandbox {
+        sandbox(&self.tasks)
+    }
+
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.workspace.path().join(name)
     }
@@ -148,6 +159,8 @@ impl Sidecar {
         spec.env
             .extend(setting.iter().filter(|(_, v)| !v.is_empty()).map(|(n, v)| (OsString::from(n), OsString::from(v))));
         spec.cwd = env!("CARGO_MANIFEST_DIR").into();
+        // As in a container.
+        spec.umask = Some(0o022);
         let mut process = sandbox(&tasks).start(spec).await.unwrap();
         let mut lines = BufReader::new(process.take_stderr().unwrap()).lines();
         let (sender, log) = mpsc::unbounded_channel();
