@@ -54,8 +54,8 @@ const COMING_COMMANDS: &[&str] = &["exec", "attach", "history", "logs", "cancel"
 
 /// Paths in the pages that are none of the sidecar's routes.
 const OTHER_PATHS: &[&str] = &["/workspace"];
-/// Variables in the pages that are none of the sidecar's.
-const OTHER_VARIABLES: &[&str] = &["OPENAI_API_KEY"];
+/// Variables in the pages that are none of `serve`'s: a recipe's own, and the client's.
+const OTHER_VARIABLES: &[&str] = &["OPENAI_API_KEY", "OPENCODE_SIDECAR_URL"];
 /// What the broker tells OpenCode and no caller ever sees.
 const INNER_CODES: &[&str] = &["model_quota"];
 
