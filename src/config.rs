@@ -6,7 +6,7 @@
 mod read;
 mod reference;
 
-pub use reference::{Variable, reference};
+pub use reference::{Variable, not_yet, reference};
 
 use crate::model::task::{Limits, Provider};
 use crate::secrets::{Keyring, SealingKey};
@@ -175,7 +175,7 @@ impl Config {
             },
         };
         check_ports(&config, &mut r);
-        for name in reference::not_yet() {
+        for name in not_yet() {
             r.refuse_if_set(name, "is set, but this version does not support it yet");
         }
         r.finish(config)

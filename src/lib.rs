@@ -69,6 +69,7 @@
 //! | how shell output gets here | [`sandbox::tap`], then [`sandbox::frames`] and `sessions::shell` |
 //! | how processes are ended, and how that is known | `sandbox::process`, [`sandbox::jail`] |
 //! | which routes there are | [`api::openapi`], and the handlers in [`api::tasks`] and [`api::stream`] |
+//! | the pages for people | `docs/`, and `api::pages`, which serves them; `tests/it/docs` holds them to the code |
 //! | which error has which status | [`api::problem`] |
 //! | which variables there are | [`config`], and [`config::reference`] |
 //! | the tables | `migrations/` |

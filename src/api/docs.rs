@@ -1,31 +1,18 @@
 //! The page at `/docs`: the document written out as HTML here, so that it needs no script and nothing from elsewhere.
 
+use crate::api::pages::{self, escape};
 use serde_json::Value;
 use std::fmt::Write as _;
-use utoipa::openapi::OpenApi;
 
-/// The page's content security policy: its own style and nothing else.
-pub(crate) const POLICY: &str =
-    "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
-
-const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;\
-color:#1b1f24;background:#fff}code,pre{font:13px/1.5 ui-monospace,monospace}h2{margin-top:2.5rem}\
-details{border:1px solid #d0d7de;border-radius:6px;margin:.5rem 0;padding:.4rem .8rem}summary{cursor:pointer}\
-.m{display:inline-block;min-width:4.5em;font-weight:700}.GET{color:#0a58ca}.POST{color:#18794e}.DELETE{color:#b42318}\
-.PUT,.PATCH{color:#9a6700}table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.2rem .8rem .2rem 0;\
-vertical-align:top;border-bottom:1px solid #eaeef2}.k{float:right;color:#57606a}\
-@media(prefers-color-scheme:dark){body{background:#0d1117;color:#e6edf3}details,td,th{border-color:#30363d}\
-a,.GET{color:#79b8ff}.POST{color:#56d364}.DELETE{color:#ff7b72}.PUT,.PATCH{color:#e3b341}.k{color:#8b949e}}";
-
-/// Writes the page.
-pub(crate) fn page(document: &OpenApi) -> String {
-    // A document that we built serializes; the page of `null` would be empty.
-    let document = serde_json::to_value(document).unwrap_or_default();
-    let mut page = Page(String::new());
+/// Writes the page of a document, which is given as the JSON that is served: the page is not kept.
+pub(crate) fn page(json: &str) -> String {
+    // What we serialized can be read; the page of `null` would be empty.
+    let document: Value = serde_json::from_str(json).unwrap_or_default();
+    let mut page = Page(pages::open("API", "/docs"));
     page.head(&document["info"]);
     page.routes(&document["paths"]);
     page.schemas(&document["components"]["schemas"]);
-    page.0.push_str("</body></html>\n");
+    page.0.push_str(pages::CLOSE);
     page.0
 }
 
@@ -40,9 +27,7 @@ impl Page {
     fn head(&mut self, info: &Value) {
         let (title, version) = (text(&info["title"]), text(&info["version"]));
         self.put(format_args!(
-            "<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport \
-             content=\"width=device-width\"><title>{title}</title><style>{STYLE}</style></head><body>\
-             <h1>{title} {version}</h1><p>{}</p><p><a href=\"/openapi.json\">openapi.json</a></p>",
+            "<h1>{title} {version}</h1><p>{}</p><p><a href=\"/openapi.json\">openapi.json</a></p>",
             text(&info["description"])
         ));
     }
@@ -144,18 +129,4 @@ fn schema_name(schema: &Value) -> String {
 
 fn text(value: &Value) -> String {
     escape(value.as_str().unwrap_or_default())
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;").replace('\'', "&#39;")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn text_is_escaped() {
-        assert_eq!(escape("<a href=\"x\">'&'</a>"), "&lt;a href=&quot;x&quot;&gt;&#39;&amp;&#39;&lt;/a&gt;");
-    }
 }

@@ -1,7 +1,8 @@
 //! The HTTP edge: the only part that knows status codes.
 //!
 //! [`server`] takes connections, [`layers`] wraps every request, [`auth`] lets in, [`extract`] reads what came,
-//! [`problem`] says what is wrong, [`openapi`] joins routes and document. Handlers turn requests into calls of the
+//! [`problem`] says what is wrong, [`openapi`] joins routes and document, `docs` and `pages` are for people to read.
+//! Handlers turn requests into calls of the
 //! services and results into answers; they hold no logic of the domain, no SQL and no processes.
 
 pub mod auth;
@@ -11,6 +12,7 @@ mod documents;
 pub mod extract;
 pub mod layers;
 pub mod openapi;
+mod pages;
 pub mod probes;
 pub mod problem;
 mod reason;

@@ -2,9 +2,9 @@
 
 use crate::api::auth::{self, Auth};
 use crate::api::layers::{self, Around, EdgeLimits};
+use crate::api::probes;
 use crate::api::probes::{Probes, Served};
 use crate::api::problem::ProblemDocument;
-use crate::api::{docs, probes};
 use axum::{Extension, Router, middleware};
 use utoipa::openapi::path::{Operation, PathItem};
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
@@ -103,8 +103,7 @@ pub fn assemble(edge: &Edge, routes: Routes) -> (Router, OpenApi) {
     document.merge(complete(protected_document, true));
     document.merge(complete(streams_document, true));
 
-    let json = document.to_json().unwrap_or_default();
-    let served = Served { page: docs::page(&document).into(), json: json.into() };
+    let served = Served { json: document.to_json().unwrap_or_default().into() };
     let time_limit = middleware::from_fn_with_state(edge.limits.request, layers::time_limit);
     let around = Around { limits: edge.limits, metrics: edge.probes.metrics.clone() };
 

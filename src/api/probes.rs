@@ -1,8 +1,8 @@
 //! Probes and what else needs no credential: health, readiness, metrics, the document and the page to read it on.
 //! Nothing here says anything secret.
 
-use crate::api::docs;
-use crate::api::problem::Problem;
+use crate::api::problem::{Code, Problem, ProblemDocument};
+use crate::api::{ApiPath, docs, pages};
 use crate::telemetry::Metrics;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -95,7 +95,6 @@ pub struct Probes {
 #[derive(Clone, Debug)]
 pub(crate) struct Served {
     pub(crate) json: Arc<str>,
-    pub(crate) page: Arc<str>,
 }
 
 /// Alive.
@@ -139,6 +138,7 @@ pub fn routes(probes: Probes) -> OpenApiRouter {
         .routes(routes!(readyz))
         .routes(routes!(metrics))
         .routes(routes!(openapi_json))
+        .routes(routes!(docs_index))
         .routes(routes!(docs_page))
         .with_state(probes)
 }
@@ -201,13 +201,34 @@ async fn openapi_json(Extension(served): Extension<Served>) -> Response {
     with_type("application/json", served.json.to_string())
 }
 
-/// A page to read this document on
+/// A page to read this document on, and the way to the pages for people
 #[utoipa::path(get, path = "/docs", tag = "probes",
     responses((status = 200, description = "HTML", body = String, content_type = "text/html")))]
-async fn docs_page(Extension(served): Extension<Served>) -> Response {
-    let mut response = with_type("text/html; charset=utf-8", served.page.to_string());
+async fn docs_index(Extension(served): Extension<Served>) -> Response {
+    html(docs::page(&served.json))
+}
+
+/// A page for people: guide, recipes, faq, troubleshooting, integration, operations
+#[utoipa::path(get, path = "/docs/{page}", tag = "probes",
+    params(("page" = String, Path, description = "The page's name")),
+    responses(
+        (status = 200, description = "HTML", body = String, content_type = "text/html"),
+        (status = 404, description = "No such page", content_type = "application/problem+json", body = ProblemDocument),
+    ))]
+async fn docs_page(ApiPath(name): ApiPath<String>) -> Result<Response, Problem> {
+    match pages::page(&name) {
+        Some(page) => Ok(html(page)),
+        None => {
+            let names = pages::names().collect::<Vec<_>>().join(", ");
+            Err(Problem::new(Code::NotFound, format!("There is no such page. The pages are: {names}.")))
+        }
+    }
+}
+
+fn html(page: String) -> Response {
+    let mut response = with_type("text/html; charset=utf-8", page);
     let policy = HeaderName::from_static("content-security-policy");
-    response.headers_mut().insert(policy, HeaderValue::from_static(docs::POLICY));
+    response.headers_mut().insert(policy, HeaderValue::from_static(pages::POLICY));
     response
 }
 

@@ -102,7 +102,7 @@ const NOT_YET: &[&str] = &[
 ];
 
 /// The names that stop the start when they are set.
-pub(super) fn not_yet() -> impl Iterator<Item = &'static str> {
+pub fn not_yet() -> impl Iterator<Item = &'static str> {
     NOT_YET.iter().copied()
 }
 

@@ -116,10 +116,9 @@ fn what_is_read_is_what_is_documented() {
         None
     })
     .unwrap();
-    let known: BTreeSet<_> =
-        reference().iter().map(|v| v.name).chain(reference::not_yet()).map(str::to_owned).collect();
+    let known: BTreeSet<_> = reference().iter().map(|v| v.name).chain(not_yet()).map(str::to_owned).collect();
     assert_eq!(*asked.borrow(), known);
-    assert_eq!(known.len(), reference().len() + reference::not_yet().count(), "no name twice");
+    assert_eq!(known.len(), reference().len() + not_yet().count(), "no name twice");
     assert!(reference().iter().all(|v| !v.meaning.is_empty()));
 }
 
@@ -183,7 +182,7 @@ fn ports_must_not_collide_or_run_out() {
 
 #[test]
 fn what_cannot_be_honoured_is_refused() {
-    for name in reference::not_yet() {
+    for name in not_yet() {
         let errors = read(&[(name, "hidden-value")]).unwrap_err();
         assert_eq!(
             errors.to_string(),

@@ -390,7 +390,7 @@ fn tests_wait_for_levels() {
 /// Files that a person reads or a tool runs.
 fn texts() -> Vec<(PathBuf, String)> {
     let mut paths: Vec<PathBuf> =
-        ["src", "tests", "benches", "scripts", "sidecars", "migrations", ".ci"].map(|d| root().join(d)).into();
+        ["src", "tests", "benches", "docs", "scripts", "sidecars", "migrations", ".ci"].map(|d| root().join(d)).into();
     paths.extend(["README.md", "Makefile", "Cargo.toml", "deny.toml", "clippy.toml"].map(|f| root().join(f)));
     let mut found = Vec::new();
     while let Some(path) = paths.pop() {

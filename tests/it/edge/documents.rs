@@ -1,7 +1,9 @@
 //! Probes, metrics, the OpenAPI document and its page.
 
-use super::{Server, Setup};
+use super::{Server, Setup, problem};
 use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 
 #[tokio::test]
@@ -51,7 +53,8 @@ async fn the_document_lists_each_route_and_the_page_shows_them() {
     for name in ["ProblemDocument", "FieldError", "Health", "Ready", "Echo", "Model"] {
         assert!(document["components"]["schemas"][name].is_object(), "{name}");
     }
-    let probes = ["/health", "/healthz", "/livez", "/ready", "/readyz", "/metrics", "/openapi.json", "/docs"];
+    let probes =
+        ["/health", "/healthz", "/livez", "/ready", "/readyz", "/metrics", "/openapi.json", "/docs", "/docs/{page}"];
     let own = ["/busy", "/fails", "/flood", "/gate", "/panic", "/socket"];
     let mut want: Vec<_> = probes.iter().chain(&own).map(|path| format!("GET {path}")).collect();
     want.extend(
@@ -70,13 +73,66 @@ async fn the_document_lists_each_route_and_the_page_shows_them() {
         assert_eq!(described["responses"]["default"]["$ref"], "#/components/responses/Problem");
     }
 
-    let response = server.client.get(server.url("/docs")).send().await.unwrap();
-    assert!(response.headers()["content-security-policy"].to_str().unwrap().contains("default-src 'none'"));
-    let page = response.text().await.unwrap();
+    let page = read(&server, "/docs").await;
     for operation in &got {
         assert!(page.contains(&format!("<code>{}</code>", operation.split_once(' ').unwrap().1)), "{operation}");
     }
     assert!(page.contains("id=\"schema-Echo\"") && page.contains("href=\"#schema-Echo\""));
-    assert!(!page.contains("src=") && !page.contains("http://") && !page.contains("<script"));
+    server.stop().await;
+}
+
+/// A page, after a look at what holds for each: readable without a credential, and nothing in it from elsewhere.
+async fn read(server: &Server, path: &str) -> String {
+    let response = server.client.get(server.url(path)).send().await.unwrap();
+    assert_eq!(response.status(), 200, "{path}");
+    assert_eq!(response.headers()["content-type"], "text/html; charset=utf-8");
+    assert_eq!(
+        response.headers()["content-security-policy"],
+        "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    );
+    let page = response.text().await.unwrap();
+    for foreign in ["<script", "<link", "<img", "<iframe", " src=", "url(", "@import"] {
+        assert!(!page.contains(foreign), "{path} has {foreign}");
+    }
+    assert_eq!(page.matches("aria-current=page").count(), 1, "{path} says where one is");
+    page
+}
+
+fn attributes<'a>(page: &'a str, name: &str) -> Vec<&'a str> {
+    let begins = format!(" {name}=\"");
+    page.split(&begins).skip(1).map(|rest| rest.split('"').next().unwrap()).collect()
+}
+
+#[tokio::test]
+async fn each_page_is_served_and_every_link_leads_somewhere() {
+    let server = Server::start(Setup { secret: false, ..Setup::default() }).await;
+    let files = std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs")).unwrap();
+    let names = files.map(|file| file.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned());
+    let paths: Vec<_> = names.map(|name| format!("/docs/{name}")).chain(["/docs".to_owned()]).collect();
+    let mut pages = BTreeMap::new();
+    for path in &paths {
+        pages.insert(path.as_str(), read(&server, path).await);
+    }
+    for (path, page) in &pages {
+        let anchors = attributes(page, "id");
+        let unique: BTreeSet<_> = anchors.iter().collect();
+        assert_eq!(unique.len(), anchors.len(), "{path} has an anchor twice: {anchors:?}");
+        let links = attributes(page, "href");
+        for other in &paths {
+            assert!(links.contains(&other.as_str()), "{path} does not lead to {other}");
+        }
+        // Schemas: the routes of this test name some that they do not bring.
+        let elsewhere = |link: &str| ["/openapi.json", "https://", "#schema-"].iter().any(|l| link.starts_with(l));
+        for link in links.into_iter().filter(|link| !elsewhere(link)) {
+            let (to, anchor) = link.split_once('#').unwrap_or((link, ""));
+            let to = if to.is_empty() { path } else { to };
+            let page = pages.get(to).unwrap_or_else(|| panic!("{path}: {link}: no such page"));
+            assert!(anchor.is_empty() || attributes(page, "id").contains(&anchor), "{path}: {link}: no such anchor");
+        }
+    }
+    for unknown in ["/docs/nothing", "/docs/guide.md", "/docs/..%2Fguide"] {
+        let got = problem(server.client.get(server.url(unknown)), 404, "not_found").await;
+        assert!(got["detail"].as_str().unwrap().contains("guide, recipes"), "{got}");
+    }
     server.stop().await;
 }
