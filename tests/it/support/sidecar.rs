@@ -6,9 +6,9 @@
 use super::postgres::{fresh_database, sandbox};
 use futures_util::StreamExt;
 use opencode_sidecar::opencode::launch::find_command;
-use opencode_sidecar::opencode::sse::Parser;
 use opencode_sidecar::sandbox::{Exit, Process, Signal, Spec};
 use opencode_sidecar::scripted::{Script, ScriptedModel};
+use opencode_sidecar::sse::Parser;
 use opencode_sidecar::tasks::Tasks;
 use reqwest::{Method, Response};
 use secrecy::ExposeSecret;
