@@ -219,7 +219,7 @@ fn summary(event: &Value) -> String {
             let args = &data["args"];
             let names = ["command", "filePath", "pattern", "url", "description"];
             let what = names.iter().find_map(|name| args[name].as_str()).unwrap_or_default();
-            format!("{} {what}", text("tool"))
+            format!("{} {what}", text("tool")).trim_end().to_owned()
         }
         "tool_result" => {
             let took = data["duration_ms"].as_u64().map(|ms| format!(" in {ms} ms")).unwrap_or_default();

@@ -111,6 +111,7 @@ impl Trouble {
 fn of_error(error: &ClientError) -> Exit {
     match error {
         ClientError::Setup(_) => Exit::Usage,
+        ClientError::Http(_) => Exit::Error,
         ClientError::Refused(refusal) if matches!(refusal.status, 401 | 403) => Exit::Unauthorized,
         ClientError::Refused(_) => Exit::Refused,
         ClientError::Unreachable(_)

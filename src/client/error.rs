@@ -16,6 +16,9 @@ pub enum ClientError {
     /// What the caller gave cannot be used. No call was made.
     #[error("{0}")]
     Setup(String),
+    /// No HTTP client can be made here: the system has no root certificates, for one.
+    #[error("no HTTP client can be made")]
+    Http(#[source] reqwest::Error),
     /// No connection, or one that broke off or fell silent.
     #[error("the sidecar cannot be reached")]
     Unreachable(#[source] reqwest::Error),
@@ -52,7 +55,7 @@ impl ClientError {
         match self {
             Self::Unreachable(_) | Self::Silent(_) | Self::Ended | Self::Unexpected(_) => true,
             Self::Refused(refusal) => matches!(refusal.status, 408 | 429 | 500..),
-            Self::Setup(_) | Self::GivenUp { .. } => false,
+            Self::Setup(_) | Self::Http(_) | Self::GivenUp { .. } => false,
         }
     }
 

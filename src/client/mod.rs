@@ -89,7 +89,8 @@ impl Client {
     /// `NO_PROXY`), which cannot see the secret then, and trusts the system's roots.
     ///
     /// # Errors
-    /// [`ClientError::Setup`], where the URL or the secret cannot be used. It repeats neither.
+    /// [`ClientError::Setup`], where the URL or the secret cannot be used, which it does not repeat;
+    /// [`ClientError::Http`].
     pub fn new(url: &str, secret: Option<SecretString>) -> Result<Self, ClientError> {
         let setup = |what: &str| ClientError::Setup(what.to_owned());
         let mut base = Url::parse(url).map_err(|_| setup("the URL must be absolute, such as http://127.0.0.1:3003"))?;
@@ -115,7 +116,7 @@ impl Client {
             // No roots are read either, which is most of the time that a start takes.
             http = http.no_proxy().tls_certs_only([]);
         }
-        let http = http.build().map_err(|source| ClientError::Setup(format!("no HTTP client: {source}")))?;
+        let http = http.build().map_err(ClientError::Http)?;
         Ok(Self { http, base, secret })
     }
 

@@ -122,9 +122,9 @@ impl Perform for Reader {
         }
     }
 
-    fn csi_dispatch(&mut self, params: &Params, intermediates: &[u8], ignore: bool, action: u8) {
+    fn csi_dispatch(&mut self, params: &Params, intermediates: &[u8], overlong: bool, action: u8) {
         self.unread = 0;
-        if !self.colours || action != b'm' || !intermediates.is_empty() || ignore {
+        if !self.colours || action != b'm' || !intermediates.is_empty() || overlong {
             return;
         }
         let groups = params.iter().map(|group| group.iter().map(u16::to_string).collect::<Vec<_>>().join(":"));
@@ -145,7 +145,7 @@ impl Perform for Reader {
         self.unread = 0;
     }
 
-    fn esc_dispatch(&mut self, _intermediates: &[u8], _ignore: bool, _byte: u8) {
+    fn esc_dispatch(&mut self, _intermediates: &[u8], _overlong: bool, _byte: u8) {
         self.unread = 0;
     }
 }
