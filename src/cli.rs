@@ -4,7 +4,7 @@
 //! here. Those that talk to a running one are in the modules below, over `client` and `console`: they read none of the
 //! sidecar's configuration.
 //!
-//! - `connect`: which sidecar; `exit`: exit codes and what is said to a person; `values`: how arguments are written.
+//! - `connect`: which sidecar; `exit`: exit codes; `tell`: remarks; `values`: how arguments are written.
 //! - `exec`, `attach` (with `cancel`), `history`, `logs`: the subcommands.
 //! - `watch`: following a run to its end; `ask`: the question that Ctrl-C asks.
 
@@ -15,6 +15,7 @@ mod exec;
 mod exit;
 mod history;
 mod logs;
+mod tell;
 mod values;
 mod watch;
 

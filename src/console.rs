@@ -8,7 +8,7 @@
 mod clean;
 pub mod table;
 
-pub use clean::one_line;
+pub use clean::{json, one_line};
 
 use anstyle::{AnsiColor, Style};
 use clean::{Cleaner, Piece};

@@ -2,7 +2,8 @@
 
 use super::ask::Signals;
 use super::connect::Connect;
-use super::exit::{Exit, Trouble, say};
+use super::exit::{Exit, Trouble};
+use super::tell::say;
 use super::values;
 use super::watch::{Watching, watch};
 use crate::console::{one_line, status};

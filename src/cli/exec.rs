@@ -2,7 +2,8 @@
 
 use super::ask::Signals;
 use super::connect::{Connect, secret_file, secret_variable};
-use super::exit::{Exit, Trouble, remark, say};
+use super::exit::{Exit, Trouble};
+use super::tell::{remark, say};
 use super::values;
 use super::watch::{Watching, watch};
 use crate::client::{Client, ClientError};

@@ -1,10 +1,10 @@
-//! How the client's subcommands end: their exit codes, and what they say to a person on the standard error.
+//! How the client's subcommands end: their exit codes, and why they could not do what they were asked for.
 
+use super::tell::{remark, say};
 use crate::client::ClientError;
-use crate::console::{DIM, one_line};
 use crate::model::Status;
 use crate::telemetry::chain;
-use std::io::{self, Write};
+use std::io;
 use std::process::ExitCode;
 
 /// The exit codes of what follows a run, as the helps list them.
@@ -120,16 +120,6 @@ fn of_error(error: &ClientError) -> Exit {
         | ClientError::GivenUp { .. }
         | ClientError::Unexpected(_) => Exit::Unreachable,
     }
-}
-
-/// Tells a person something that matters. Where the standard error is gone there is nobody to tell.
-pub(super) fn say(text: &str) {
-    let _ = writeln!(anstream::stderr(), "opencode-sidecar: {}", one_line(text));
-}
-
-/// Tells a person something by the way.
-pub(super) fn remark(text: &str) {
-    let _ = writeln!(anstream::stderr(), "{DIM}{}{DIM:#}", one_line(text));
 }
 
 #[cfg(test)]

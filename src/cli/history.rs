@@ -1,7 +1,8 @@
 //! `history`: the executions that there were, newest first.
 
 use super::connect::Connect;
-use super::exit::{Exit, Trouble, remark};
+use super::exit::{Exit, Trouble};
+use super::tell::{remark, write_json};
 use super::values;
 use crate::client::ClientError;
 use crate::console::table::table;
@@ -9,7 +10,7 @@ use crate::model::{Status, rfc3339};
 use chrono::{DateTime, Utc};
 use serde_json::Value;
 use serde_json::value::RawValue;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use uuid::Uuid;
 
 /// The most that one page may have.
@@ -113,7 +114,7 @@ impl History {
 fn print(rows: &[Box<RawValue>]) -> io::Result<()> {
     let mut out = io::stdout().lock();
     for row in rows {
-        writeln!(out, "{}", row.get())?;
+        write_json(&mut out, row.get())?;
     }
     Ok(())
 }

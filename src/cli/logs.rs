@@ -1,7 +1,8 @@
 //! `logs`: what a run wrote, as text or event by event.
 
 use super::connect::Connect;
-use super::exit::{Exit, Trouble, remark};
+use super::exit::{Exit, Trouble};
+use super::tell::remark;
 use super::values;
 use crate::client::{Client, Followed, follow};
 use crate::console::{Printer, entry};

@@ -1,7 +1,8 @@
 //! Following a run to its end, for `exec` and `attach`: what is shown, what Ctrl-C does, how it ends.
 
 use super::ask::{Answer, Asked, Signals, Terminal};
-use super::exit::{Exit, Trouble, remark, say};
+use super::exit::{Exit, Trouble};
+use super::tell::{remark, say, write_json};
 use super::values;
 use crate::client::{Client, ClientError, Envelope, Followed, Standing, follow};
 use crate::console::{Printer, status};
@@ -43,8 +44,7 @@ impl Output {
         match self {
             Self::Json(out) => {
                 let mut out = out.lock();
-                out.write_all(event.text.as_bytes())?;
-                out.write_all(b"\n")?;
+                write_json(&mut out, &event.text)?;
                 out.flush()
             }
             Self::Person(printer) => printer.event(&event.value),

@@ -164,6 +164,20 @@ pub fn one_line(text: &str) -> String {
     line
 }
 
+/// JSON for a terminal: the same value, with the characters that JSON may have as they are and a terminal should not
+/// get (it has no others) written as escapes.
+pub fn json(text: &str) -> String {
+    let mut json = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() || is_hidden(c) {
+            json.extend(c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")));
+        } else {
+            json.push(c);
+        }
+    }
+    json
+}
+
 /// A whole text as lines without colours; at least one.
 pub(super) fn lines(text: &str) -> Vec<String> {
     let mut lines = vec![String::new()];
@@ -249,6 +263,14 @@ mod tests {
     fn what_would_be_written_over_stays() {
         assert_eq!(cleaned(true, "10%\r20%\r\n"), "10%\n20%\n");
         assert_eq!(cleaned(true, "\rrm -rf\rls\r\r\n\r"), "rm -rf\nls\n");
+    }
+
+    #[test]
+    fn json_stays_the_same_value() {
+        let value = serde_json::json!({ "a\u{202e}": "\u{1b}\u{9b}\u{7f}ü👩‍💻\u{e0041}\u{feff}\"" });
+        let text = json(&value.to_string());
+        assert!(!text.contains(|c: char| c.is_control() || is_hidden(c)), "{text:?}");
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), value);
     }
 
     #[test]

@@ -63,7 +63,9 @@ async fn nothing_hostile_reaches_the_terminal() {
         &["logs", "--ansi", "strip", &id],
         &["logs", "--events", &id],
         &["logs", "--events", "--follow", &id],
+        &["attach", "--json", &id],
         &["history"],
+        &["history", "--json"],
         &["cancel", &id],
     ] {
         let (exit, seen) = caller.terminal(120, args).await.done().await;
