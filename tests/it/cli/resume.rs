@@ -15,6 +15,8 @@ use tokio_util::sync::CancellationToken;
 /// Stands between a caller and a sidecar, and cuts the connections that carry a stream.
 struct Proxy {
     url: String,
+    /// Where the sidecar listens now.
+    upstream: Arc<Mutex<String>>,
     /// Bytes that the next streams may answer with before they are cut; when it is empty, none is cut.
     budgets: Arc<Mutex<Vec<usize>>>,
     /// Cuts all connections and takes no new ones.
@@ -27,11 +29,14 @@ impl Proxy {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let budgets: Arc<Mutex<Vec<usize>>> = Arc::new(Mutex::new(budgets.iter().rev().copied().collect()));
         let gone = CancellationToken::new();
-        let (upstream, left, all, end) = (sidecar.address().to_owned(), budgets.clone(), tasks.clone(), gone.clone());
+        let upstream = Arc::new(Mutex::new(sidecar.address().to_owned()));
+        let (address, left, all, end) = (upstream.clone(), budgets.clone(), tasks.clone(), gone.clone());
         let accepting = async move {
             loop {
                 let (client, _) = listener.accept().await.unwrap();
-                let server = TcpStream::connect(&upstream).await.unwrap();
+                let address = address.lock().unwrap().clone();
+                // A sidecar that is not there is one that hangs up.
+                let Ok(server) = TcpStream::connect(address).await else { continue };
                 let connection = carry(client, server, left.clone());
                 let end = end.clone();
                 all.spawn("connection", async move {
@@ -49,7 +54,7 @@ impl Proxy {
                 () = end.cancelled() => {}
             }
         });
-        Self { url, budgets, gone }
+        Self { url, upstream, budgets, gone }
     }
 }
 
@@ -159,19 +164,19 @@ async fn a_sidecar_that_does_not_come_back_is_given_up_and_the_run_goes_on() {
 #[tokio::test]
 async fn a_restart_of_the_sidecar_is_seen_to_its_end() {
     let world = World::new().await;
-    let port = {
-        let probe = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        probe.local_addr().unwrap().port().to_string()
-    };
-    let sidecar = world.start(&[("PORT", &port)]).await;
-    let caller = Caller::of(&sidecar);
+    let sidecar = world.start(&[]).await;
+    let tasks = Tasks::new();
+    let proxy = Proxy::start(&tasks, &sidecar, &[]).await;
+    let caller = Caller::new(&proxy.url, &sidecar.secret);
     let prompt = Script::new().bash(&gated(&["one"], "sleep 663001")).text("x").to_prompt("Go.");
     let mut running = caller.start(&["exec", &prompt]).await;
     running.until("│ one").await;
     sidecar.signal(opencode_sidecar::sandbox::Signal::Term);
     soon("the end", sidecar.exited()).await;
-    let sidecar = world.start(&[("PORT", &port)]).await;
+    let sidecar = world.start(&[]).await;
+    *proxy.upstream.lock().unwrap() = sidecar.address().to_owned();
     let done = running.done().await;
     assert!(done.assert(3).stdout.contains("● failed (interrupted)"), "{}", done.stdout);
+    proxy.gone.cancel();
     sidecar.stop().await;
 }
