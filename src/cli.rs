@@ -1,4 +1,23 @@
-//! The command line: what the binary can be asked for. Each subcommand is a few lines over `app` and `demo`.
+//! The command line: what the binary can be asked for.
+//!
+//! Those that are the sidecar (`serve`, `demo`, `migrate`, `healthcheck`) are a few lines over `app` and `demo`, and stand
+//! here. Those that talk to a running one are in the modules below, over `client` and `console`: they read none of the
+//! sidecar's configuration.
+//!
+//! - `connect`: which sidecar; `exit`: exit codes; `tell`: remarks; `values`: how arguments are written.
+//! - `exec`, `attach` (with `cancel`), `history`, `logs`: the subcommands.
+//! - `watch`: following a run to its end; `ask`: the question that Ctrl-C asks.
+
+mod ask;
+mod attach;
+mod connect;
+mod exec;
+mod exit;
+mod history;
+mod logs;
+mod tell;
+mod values;
+mod watch;
 
 use crate::app::{App, Database, StartError, StateDir, bind};
 use crate::config::{Config, reference};
@@ -7,13 +26,18 @@ use crate::sandbox::Sandbox;
 use crate::tasks::Tasks;
 use crate::{demo, telemetry};
 use clap::{Parser, Subcommand};
+use connect::VARIABLES;
+use exit::{Exit, OF_CALLS, OF_RUNS, Trouble};
 use std::process::ExitCode;
 use std::time::Duration;
+use watch::CTRL_C;
 
 /// Runs coding tasks in real OpenCode processes, streams what happens, and keeps the history in Postgres.
 #[derive(Debug, Parser)]
 #[command(version, arg_required_else_help = true)]
 struct Cli {
+    #[command(flatten)]
+    color: colorchoice_clap::Color,
     #[command(subcommand)]
     command: Command,
 }
@@ -48,6 +72,26 @@ enum Command {
         #[arg(long, env = "PORT", default_value_t = 3003)]
         port: u16,
     },
+    /// Submit a task to a running sidecar, and follow it to its end.
+    #[command(after_help = help(exec::EXAMPLES, &[CTRL_C, OF_RUNS]))]
+    Exec(Box<exec::Exec>),
+    /// Follow an execution that exists: from its start, then live. One that has ended is shown all the same.
+    #[command(after_help = help(attach::ATTACH_EXAMPLES, &[CTRL_C, OF_RUNS]))]
+    Attach(attach::Attach),
+    /// List executions, newest first.
+    #[command(after_help = help(history::EXAMPLES, &[OF_CALLS]))]
+    History(history::History),
+    /// Cancel an execution, and print how it ended. One that has ended stays as it is.
+    #[command(after_help = help(attach::CANCEL_EXAMPLES, &[OF_CALLS]))]
+    Cancel(attach::Cancel),
+    /// Print what an execution's shell commands wrote, or list its events.
+    #[command(after_help = help(logs::EXAMPLES, &[OF_CALLS]))]
+    Logs(logs::Logs),
+}
+
+/// What stands at the end of a help.
+fn help(examples: &str, more: &[&str]) -> String {
+    [&[examples], more, &[VARIABLES]].concat().join("\n\n")
 }
 
 fn environment() -> String {
@@ -72,6 +116,7 @@ pub fn main() -> ExitCode {
             return if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS };
         }
     };
+    cli.color.write_global();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail("the runtime did not start", &error),
@@ -84,8 +129,17 @@ pub fn main() -> ExitCode {
             Command::Demo { prompt } => demo::run(prompt).await,
             Command::Migrate => migrate().await,
             Command::Healthcheck { ready, port } => healthcheck(ready, port).await,
+            Command::Exec(exec) => ended(exec.run().await),
+            Command::Attach(attach) => ended(attach.run().await),
+            Command::History(history) => ended(history.run().await),
+            Command::Cancel(cancel) => ended(cancel.run().await),
+            Command::Logs(logs) => ended(logs.run().await),
         }
     })
+}
+
+fn ended(outcome: Result<Exit, Trouble>) -> ExitCode {
+    outcome.map_or_else(Trouble::report, ExitCode::from)
 }
 
 fn configuration() -> Result<Config, ExitCode> {

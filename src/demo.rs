@@ -4,23 +4,24 @@
 //! the model may be scripted, and then everything that is printed says so.
 
 use crate::app::{App, StartError};
-
+use crate::client::{Client, ClientError, Followed, follow};
 use crate::config::{Config, DefaultModel, SandboxMode};
-use crate::console::Printer;
+use crate::console::{Printer, one_line, status, usage};
 use crate::host::{executable, fail, stop_signal};
 use crate::model::TaskId;
 use crate::model::task::Provider;
-use crate::opencode::sse::Parser;
 use crate::scripted::{Script, ScriptedModel, Step};
 use crate::secrets::random_token;
 use crate::tasks::Tasks;
 use crate::telemetry;
 use anstyle::{AnsiColor, Style};
-use secrecy::{ExposeSecret, SecretString};
+use futures_util::StreamExt;
 use serde_json::{Value, json};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::process::ExitCode;
+use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -38,11 +39,7 @@ enum DemoError {
     #[error("a file or socket cannot be used")]
     Io(#[from] std::io::Error),
     #[error("the sidecar's API failed")]
-    Http(#[from] reqwest::Error),
-    #[error("the sidecar answered {status}: {body}")]
-    Refused { status: u16, body: String },
-    #[error("the stream is broken")]
-    Stream(#[from] crate::opencode::sse::SseError),
+    Client(#[from] ClientError),
     #[error("{0}")]
     Sentence(String),
 }
@@ -157,11 +154,10 @@ async fn demonstrate(prompt: Option<String>) -> Result<bool, DemoError> {
     let tasks = Tasks::new();
     let serving = tasks.spawn("demo sidecar", app.run(listener, stop.clone().cancelled_owned()));
 
-    let client =
-        Client { http: reqwest::Client::builder().no_proxy().build()?, base: format!("http://{address}"), secret };
+    let client = Client::new(&format!("http://{address}"), Some(secret))?;
     let interrupted = stop_signal()?;
     let outcome = tokio::select! {
-        outcome = follow(&client, prompt.as_deref().unwrap_or(PROMPT), model.is_some(), &workspace) => outcome,
+        outcome = show(&client, prompt.as_deref().unwrap_or(PROMPT), model.is_some(), &workspace) => outcome,
         () = interrupted => Err(DemoError::Sentence("interrupted".to_owned())),
     };
     stop.cancel();
@@ -176,53 +172,26 @@ async fn demonstrate(prompt: Option<String>) -> Result<bool, DemoError> {
     outcome
 }
 
-struct Client {
-    http: reqwest::Client,
-    base: String,
-    secret: SecretString,
-}
-
-impl Client {
-    async fn send(&self, request: reqwest::RequestBuilder) -> Result<reqwest::Response, DemoError> {
-        let response = request.bearer_auth(self.secret.expose_secret()).send().await?;
-        let status = response.status();
-        if !status.is_success() {
-            return Err(DemoError::Refused { status: status.as_u16(), body: response.text().await? });
-        }
-        Ok(response)
-    }
-
-    async fn get(&self, path: &str) -> Result<Value, DemoError> {
-        Ok(self.send(self.http.get(format!("{}{path}", self.base))).await?.json().await?)
-    }
-}
-
-async fn follow(client: &Client, prompt: &str, scripted: bool, workspace: &Path) -> Result<bool, DemoError> {
+async fn show(client: &Client, prompt: &str, scripted: bool, workspace: &Path) -> Result<bool, DemoError> {
     head("POST /tasks/execute");
     anstream::println!("{prompt}");
     let body = json!({ "task_id": TaskId::new(), "prompt": prompt, "metadata": { "from": "make demo" } });
-    let accepted: Value =
-        client.send(client.http.post(format!("{}/tasks/execute", client.base)).json(&body)).await?.json().await?;
-    let id = accepted["execution_id"].as_str().unwrap_or_default().to_owned();
+    let id = client.submit(body, None).await?.execution_id;
     anstream::println!("202 Accepted: execution {id}");
 
     head(&format!("GET /tasks/{id}/stream"));
-    let request = client.http.get(format!("{}/tasks/{id}/stream", client.base)).header("accept", "text/event-stream");
-    let mut stream = client.send(request).await?;
     let mut printer = Printer::new(anstream::stdout());
-    let mut parser = Parser::default();
+    // It is in this very process: a connection that is lost does not come back.
+    let mut events = pin!(follow(client.clone(), id, 0, Duration::ZERO));
     let mut complete = None;
     let mut count = 0_u64;
-    while let Some(chunk) = stream.chunk().await? {
-        let mut events = Vec::new();
-        parser.push(&chunk, &mut events)?;
-        for text in events {
-            let event: Value = serde_json::from_str(&text).map_err(|e| DemoError::Sentence(e.to_string()))?;
-            printer.event(&event)?;
-            count += 1;
-            if event["type"] == "complete" {
-                complete = Some(event["data"].clone());
-            }
+    while let Some(followed) = events.next().await {
+        let Followed::Event(event) = followed? else { continue };
+        count += 1;
+        if event.value["type"] == "complete" {
+            complete = Some(event.value["data"].clone());
+        } else {
+            printer.event(&event.value)?;
         }
     }
     let complete = complete.ok_or_else(|| DemoError::Sentence("the stream ended without `complete`".to_owned()))?;
@@ -237,27 +206,19 @@ async fn follow(client: &Client, prompt: &str, scripted: bool, workspace: &Path)
     }
 
     head("Usage");
-    let usage = &complete["usage"];
-    let cpu = usage["cpu_seconds"].as_f64().map(|s| format!(", {s:.1} s of CPU")).unwrap_or_default();
-    anstream::println!(
-        "{} calls of the {}model, {} tokens in, {} out{cpu}; {count} events",
-        usage["model_calls"],
-        if scripted { "scripted " } else { "" },
-        usage["input_tokens"],
-        usage["output_tokens"],
-    );
+    let model = if scripted { "scripted model" } else { "model" };
+    anstream::println!("{}; {count} events", usage(&complete["usage"], model));
 
     head("History in Postgres: GET /tasks?limit=3");
-    let history = client.get("/tasks?limit=3").await?;
-    for row in history["executions"].as_array().into_iter().flatten() {
-        let text = |name: &str| row[name].as_str().unwrap_or("–").to_owned();
+    for row in client.history(&[("limit", "3".to_owned())]).await?.executions {
+        let row: Value = serde_json::from_str(row.get()).map_err(|e| DemoError::Sentence(e.to_string()))?;
+        let text = |name: &str| one_line(row[name].as_str().unwrap_or("–"));
         let mark = if row["execution_id"] == json!(id) { "→" } else { " " };
         anstream::println!(
-            "{mark} {}  {}  {} ({})  {} ms  {} events",
+            "{mark} {}  {}  {}  {} ms  {} events",
             text("created_at"),
             text("execution_id"),
-            text("status"),
-            text("reason"),
+            status(&text("status"), row["reason"].as_str()),
             row["duration_ms"],
             row["last_seq"]
         );

@@ -8,6 +8,7 @@
 //! | layer | module | what it does |
 //! |---|---|---|
 //! | pure | [`model`] | ids, tasks, events, the state machine of an execution |
+//! | | [`sse`] | reads server-sent events |
 //! | base | [`tasks`] | spawns, tracks and ends every concurrent piece of work |
 //! | | [`secrets`] | makes random tokens, opens sealed keys |
 //! | | [`telemetry`] | log and metrics |
@@ -21,7 +22,8 @@
 //! | orchestration | [`sessions`] | one OpenCode process each, and one run in it after another |
 //! | | [`executions`] | takes in, queues, runs, cancels, ends, forgets |
 //! | edges | [`api`] | HTTP: requests into calls, results into answers, logs into streams |
-//! | | [`console`] | shows a run at a terminal |
+//! | | [`client`] | the same API from its other side; knows nothing of the rest |
+//! | | [`console`] | shows a run, a log, a history at a terminal |
 //! | | [`scripted`] | the scripted model for demo, tests and benchmarks; it knows nothing of the rest |
 //! | wiring | [`host`] | this process: its file, the signals that end it, errors at a terminal |
 //! | | [`app`] | builds every part once, and takes it down again |
@@ -71,6 +73,9 @@
 //! | which routes there are | [`api::openapi`], and the handlers in [`api::tasks`] and [`api::stream`] |
 //! | the pages for people | `docs/`, and `api::pages`, which serves them; `tests/it/docs` holds them to the code |
 //! | which error has which status | [`api::problem`] |
+//! | what the command line can do | `src/cli.rs`, then `cli::exec` and `cli::watch` |
+//! | how a dropped stream goes on | [`client::follow`] |
+//! | what a terminal is protected from | `console::clean` |
 //! | which variables there are | [`config`], and [`config::reference`] |
 //! | the tables | `migrations/` |
 
@@ -78,6 +83,7 @@ pub mod api;
 pub mod app;
 pub mod broker;
 pub mod cli;
+pub mod client;
 pub mod config;
 pub mod console;
 pub mod demo;
@@ -90,6 +96,7 @@ pub mod sandbox;
 pub mod scripted;
 pub mod secrets;
 pub mod sessions;
+pub mod sse;
 pub mod store;
 pub mod tasks;
 pub mod telemetry;

@@ -3,9 +3,9 @@
 use crate::World;
 use chrono::{DateTime, Utc};
 use opencode_sidecar::model::TaskId;
-use opencode_sidecar::opencode::sse::Parser;
 use opencode_sidecar::sandbox::{Process, Signal, Spec};
 use opencode_sidecar::secrets::random_token;
+use opencode_sidecar::sse::Parser;
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::{Value, json};
 use std::ffi::OsString;

@@ -21,6 +21,9 @@ pub enum Severity {
 }
 
 impl Severity {
+    /// Every severity, the least grave first.
+    pub const ALL: &'static [Severity] = &[Self::Debug, Self::Info, Self::Warn, Self::Error];
+
     /// The word in the envelope.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -33,7 +36,7 @@ impl Severity {
 
     /// The severity for a word; `None` for an unknown one.
     pub fn parse(word: &str) -> Option<Self> {
-        [Self::Debug, Self::Info, Self::Warn, Self::Error].into_iter().find(|s| s.as_str() == word)
+        Self::ALL.iter().copied().find(|s| s.as_str() == word)
     }
 }
 

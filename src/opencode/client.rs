@@ -1,8 +1,8 @@
 //! A typed client of one OpenCode server (1.18.33) on loopback. It knows calls and shapes; when to make them is
 //! the session's business.
 
-use super::sse::{Parser, SseError};
 use super::wire::{Message, RawEvent};
+use crate::sse::{Parser, SseError};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::{Value, json};

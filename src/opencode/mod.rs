@@ -1,7 +1,7 @@
 //! The OpenCode driver: starts one `opencode serve`, talks to it, and understands what it says.
 //!
 //! - `profile`: what a process is configured with; `launch`: starting it and knowing that it listens.
-//! - `client` and `sse`: its HTTP API and event stream; `wire`: its JSON.
+//! - `client`: its HTTP API and event stream; `wire`: its JSON.
 //! - `translate`: its events into ours, pure; `outcome`: how a run ended, pure.
 //!
 //! What is run when, and for how long, is decided in `sessions`.
@@ -10,7 +10,6 @@ pub mod client;
 pub mod launch;
 pub mod outcome;
 pub mod profile;
-pub mod sse;
 pub mod translate;
 pub mod wire;
 

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[(&str, &[&str])] = &[
     // Pure.
     ("model", &[]),
+    ("sse", &[]),
     // Base.
     ("tasks", &[]),
     ("secrets", &[]),
@@ -26,13 +27,14 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("store", &["model", "tasks", "sandbox"]),
     // Services.
     ("events", &["model", "tasks", "telemetry", "store"]),
-    ("opencode", &["model", "tasks", "sandbox"]),
+    ("opencode", &["model", "sse", "tasks", "sandbox"]),
     ("broker", &["model", "tasks"]),
     // Orchestration.
     ("sessions", &["model", "tasks", "secrets", "telemetry", "sandbox", "events", "opencode", "broker"]),
     ("executions", &["model", "tasks", "secrets", "telemetry", "workspace", "store", "events", "opencode", "sessions"]),
     // Edges.
     ("api", &["model", "tasks", "telemetry", "store", "events", "executions"]),
+    ("client", &["model", "sse"]),
     ("console", &[]),
     ("scripted", &["tasks"]),
     // Wiring.
@@ -56,8 +58,8 @@ const LAYERS: &[(&str, &[&str])] = &[
         ],
     ),
     ("host", &["telemetry"]),
-    ("demo", &["host", "model", "tasks", "secrets", "telemetry", "config", "opencode", "console", "scripted", "app"]),
-    ("cli", &["host", "tasks", "telemetry", "config", "sandbox", "app", "demo"]),
+    ("demo", &["host", "model", "tasks", "secrets", "telemetry", "config", "client", "console", "scripted", "app"]),
+    ("cli", &["host", "model", "tasks", "telemetry", "config", "sandbox", "client", "console", "app", "demo"]),
     ("main", &["sandbox", "cli"]),
 ];
 

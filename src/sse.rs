@@ -1,8 +1,8 @@
-//! An incremental parser of server-sent events, for OpenCode's `/event`.
+//! An incremental parser of server-sent events: OpenCode's `/event`, and our own streams where we are the client.
 //!
 //! Our own, although there are crates for it (`eventsource-stream`, `sse-stream`): they buffer a line without a
-//! bound, and what is on the other end here is a process that runs a stranger's code. It reads bytes and nothing
-//! else; what an event means is `wire`'s and `translate`'s.
+//! bound, and what is on the other end of `/event` is a process that runs a stranger's code. It reads bytes and
+//! nothing else; what an event means is for the module that asked.
 
 /// The longest event that is taken, in bytes. A tool part carries the tool's whole input and output, so it may be
 /// large; but not endless.
