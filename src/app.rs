@@ -6,6 +6,7 @@
 use crate::api::auth::Auth;
 use crate::api::openapi::{Edge, Routes, assemble};
 use crate::api::probes::{Checks, Probes, Readiness};
+use crate::api::sessions::SessionsApi;
 use crate::api::stream::StreamApi;
 use crate::api::tasks::TasksApi;
 use crate::broker::{Broker, BrokerConfig, BrokerError};
@@ -301,6 +302,7 @@ impl App {
                     keyring: config.keyring.clone(),
                 },
                 protections,
+                session_idle: config.session_idle_timeout,
             },
             database.store.clone(),
             events,
@@ -310,12 +312,14 @@ impl App {
             metrics.clone(),
         );
         executions.recover().await?;
+        tasks.spawn("idle sessions", executions.clone().look_after_sessions());
         let streams = CancellationToken::new();
         let auth = Auth::new(config.shared_secret.clone(), config.auth_off);
         let readiness = Ready {
             mode: config.sandbox,
             refused,
             auth: auth.clone(),
+            open_streams: config.sessions_stream_unauthenticated,
             embedded: database.embedded.is_some(),
             store: database.store.clone(),
             executions: executions.clone(),
@@ -330,9 +334,16 @@ impl App {
         });
         let edge = Edge { auth: auth.clone(), probes: Probes { metrics, readiness }, limits: Default::default() };
         let api = TasksApi { executions: executions.clone() };
+        let sessions_api = SessionsApi {
+            executions: executions.clone(),
+            auth: auth.clone(),
+            shutdown: streams.clone(),
+            open_streams: config.sessions_stream_unauthenticated,
+        };
         let routes = Routes {
-            protected: crate::api::tasks::routes(api.clone()),
-            streams: crate::api::stream::routes(StreamApi::new(api, auth, streams.clone())),
+            protected: crate::api::tasks::routes(api.clone()).merge(crate::api::sessions::routes(sessions_api.clone())),
+            streams: crate::api::stream::routes(StreamApi::new(api, auth, streams.clone()))
+                .merge(crate::api::sessions::streams(sessions_api)),
         };
         let (router, _) = assemble(&edge, routes);
         Ok(Self { config, tasks, sandbox, database, executions, sessions, router, streams, state })
@@ -393,6 +404,8 @@ struct Ready {
     mode: SandboxMode,
     refused: Option<String>,
     auth: Auth,
+    /// `SESSIONS_STREAM_UNAUTHENTICATED`
+    open_streams: bool,
     embedded: bool,
     store: Store,
     executions: Executions,
@@ -456,6 +469,11 @@ impl Ready {
             None => checks.with("state", "unknown", None),
         };
         checks = match self.auth.state() {
+            "ok" if self.open_streams => checks.with(
+                "auth",
+                "ok",
+                Some("SESSIONS_STREAM_UNAUTHENTICATED: GET /sessions/{id}/stream is open to all"),
+            ),
             "ok" => checks.with("auth", "ok", None),
             state => checks.with("auth", state, None),
         };

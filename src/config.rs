@@ -63,6 +63,8 @@ pub struct Config {
     pub max_queued_tasks: usize,
     pub task_timeout: Duration,
     pub stall_timeout: Duration,
+    /// How long the process of a caller's session rests before it is ended.
+    pub session_idle_timeout: Duration,
     pub start_timeout: Duration,
     pub first_event_timeout: Duration,
     pub shutdown_grace: Duration,
@@ -78,6 +80,8 @@ pub struct Config {
     pub shared_secret: Option<SecretString>,
     /// `AUTH=off`.
     pub auth_off: bool,
+    /// Whether `GET /sessions/{id}/stream` needs no credential.
+    pub sessions_stream_unauthenticated: bool,
     pub model_header_timeout: Duration,
     pub model_idle_timeout: Duration,
     pub model_max_failures: u32,
@@ -146,6 +150,7 @@ impl Config {
             max_queued_tasks: r.number("MAX_QUEUED_TASKS", 0, 1_000_000),
             task_timeout: Duration::from_secs(r.either("TASK_TIMEOUT", "SESSION_TIMEOUT", 1, 30 * DAY)),
             stall_timeout: r.seconds("STALL_TIMEOUT", DAY),
+            session_idle_timeout: r.seconds("SESSION_IDLE_TIMEOUT", DAY),
             start_timeout: r.seconds("START_TIMEOUT", HOUR),
             first_event_timeout: r.seconds("FIRST_EVENT_TIMEOUT", HOUR),
             shutdown_grace: r.seconds("SHUTDOWN_GRACE_SECONDS", HOUR),
@@ -165,6 +170,7 @@ impl Config {
             keyring: keyring(&mut r),
             shared_secret: r.secret("OPENCODE_SHARED_SECRET"),
             auth_off: r.flag("AUTH", "off"),
+            sessions_stream_unauthenticated: r.flag("SESSIONS_STREAM_UNAUTHENTICATED", "1"),
             model_header_timeout: r.seconds("MODEL_HEADER_TIMEOUT", HOUR),
             model_idle_timeout: r.seconds("MODEL_IDLE_TIMEOUT", HOUR),
             model_max_failures: r.number("MODEL_MAX_FAILURES", 1, 1_000),

@@ -96,18 +96,7 @@ async fn execute(
         return Err(Problem::new(Code::NotSupported, "This version does not support Idempotency-Key.")
             .field("Idempotency-Key", "is not supported by this version"));
     }
-    let record = api.executions.submit(request).await.map_err(|error| match error {
-        SubmitError::Field(field) => Problem::invalid_field(field.field, field.reason),
-        SubmitError::UnknownSession => {
-            Problem::new(Code::NotFound, "There is no session with this id that takes tasks.")
-                .field("session_id", "is no session that takes tasks")
-        }
-        SubmitError::QueueFull => Problem::new(Code::QueueFull, "As many tasks wait as may. Try again later."),
-        SubmitError::ShuttingDown => Problem::new(Code::ShuttingDown, "The sidecar shuts down and takes no new task."),
-        SubmitError::NotStored => {
-            Problem::new(Code::Unavailable, "The task could not be stored in time. It does not run.")
-        }
-    })?;
+    let record = api.executions.submit(request).await.map_err(|error| submit_problem(error, &[]))?;
     let location = HeaderValue::from_str(&format!("/tasks/{}", record.id)).ok();
     let mut response = None;
     if let Some(wait) = prefer_wait(&headers) {
@@ -122,6 +111,27 @@ async fn execute(
         response.headers_mut().insert(header::LOCATION, location);
     }
     Ok(response)
+}
+
+/// Why a submission was not taken. `names` are fields that the caller knows under another name.
+pub(crate) fn submit_problem(error: SubmitError, names: &[(&str, &str)]) -> Problem {
+    match error {
+        SubmitError::Field(field) => {
+            let name = names.iter().find(|(ours, _)| *ours == field.field).map_or(&*field.field, |(_, theirs)| theirs);
+            Problem::invalid_field(name, field.reason)
+        }
+        SubmitError::UnknownSession => {
+            Problem::new(Code::NotFound, "There is no session with this id that takes tasks.")
+                .field("session_id", "is no session that takes tasks")
+        }
+        SubmitError::SessionEnded => Problem::new(Code::Conflict, "The session has ended and takes no more prompts.")
+            .field("session_id", "is a session that has ended"),
+        SubmitError::QueueFull => Problem::new(Code::QueueFull, "As many tasks wait as may. Try again later."),
+        SubmitError::ShuttingDown => Problem::new(Code::ShuttingDown, "The sidecar shuts down and takes no new task."),
+        SubmitError::NotStored => {
+            Problem::new(Code::Unavailable, "The task could not be stored in time. It does not run.")
+        }
+    }
 }
 
 #[derive(Debug, Deserialize, utoipa::IntoParams)]
@@ -144,7 +154,7 @@ struct HistoryParams {
     cursor: Option<String>,
 }
 
-fn limit_of(limit: Option<u32>, default: u32, most: u32) -> Result<u32, Problem> {
+pub(crate) fn limit_of(limit: Option<u32>, default: u32, most: u32) -> Result<u32, Problem> {
     match limit {
         None => Ok(default),
         Some(limit) if (1..=most).contains(&limit) => Ok(limit),

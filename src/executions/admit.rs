@@ -3,7 +3,7 @@
 //! What this version cannot do is refused by the field's name, never skipped.
 
 use super::models;
-use crate::model::request::{LimitsRequest, OnRestart, PermissionMode, TaskRequest};
+use crate::model::request::{LimitsRequest, ModelConfig, OnRestart, PermissionMode, TaskRequest};
 use crate::model::task::{Limits, ModelChoice, Task};
 use crate::secrets::Keyring;
 use crate::workspace::is_plain_relative;
@@ -43,11 +43,16 @@ pub(super) fn refuse<T>(field: &str, reason: impl Into<String>) -> Result<T, Fie
 
 const NOT_YET: &str = "is not supported by this version";
 
-/// Checks a request. The model's key is handed out beside the task, which is stored and shown.
+/// Checks a request; `default_model` is for one that brings no model. The model's key is handed out beside the task,
+/// which is stored and shown.
 ///
 /// # Errors
 /// The first field that cannot be taken.
-pub(super) fn admit(request: TaskRequest, ceilings: &Ceilings) -> Result<(Task, SecretString), FieldError> {
+pub(super) fn admit(
+    request: TaskRequest,
+    ceilings: &Ceilings,
+    default_model: Option<&(ModelChoice, SecretString)>,
+) -> Result<(Task, SecretString), FieldError> {
     let (prompt, code) = (non_empty(request.prompt), non_empty(request.code));
     if prompt.is_none() && code.is_none() {
         return refuse("prompt", "at least one of prompt and code is required");
@@ -65,12 +70,7 @@ pub(super) fn admit(request: TaskRequest, ceilings: &Ceilings) -> Result<(Task, 
     for (field, text) in
         [("prompt", &prompt), ("code", &code), ("context", &context), ("system_prompt", &system_prompt)]
     {
-        if length(text) > max {
-            return refuse(field, format!("may have at most {max} characters (MAX_PROMPT_LENGTH)"));
-        }
-        if text.as_deref().is_some_and(|t| t.contains('\0')) {
-            return refuse(field, "may not contain the character U+0000");
-        }
+        prose(field, text.as_deref(), ceilings)?;
     }
     if request.on_restart == Some(OnRestart::Resume) {
         return refuse("on_restart", format!("`resume` {NOT_YET}"));
@@ -116,18 +116,7 @@ pub(super) fn admit(request: TaskRequest, ceilings: &Ceilings) -> Result<(Task, 
     {
         return refuse("metadata", format!("may have at most {MAX_METADATA} bytes as JSON"));
     }
-    let (model, api_key) = match request.model_config {
-        Some(config) => models::choose(config, ceilings.keyring.as_ref())?,
-        None => match &ceilings.default_model {
-            Some((model, key)) => (model.clone(), key.clone()),
-            None => {
-                return refuse(
-                    "model_config",
-                    "is required: this sidecar has no default model (OPENCODE_PROVIDER, OPENCODE_MODEL)",
-                );
-            }
-        },
-    };
+    let (model, api_key) = model(request.model_config, ceilings, default_model)?;
     let task = Task {
         task_id: request.task_id,
         prompt,
@@ -143,6 +132,33 @@ pub(super) fn admit(request: TaskRequest, ceilings: &Ceilings) -> Result<(Task, 
         metadata: request.metadata,
     };
     Ok((task, api_key))
+}
+
+/// The model that is asked for, or the default one.
+pub(super) fn model(
+    config: Option<ModelConfig>,
+    ceilings: &Ceilings,
+    default: Option<&(ModelChoice, SecretString)>,
+) -> Result<(ModelChoice, SecretString), FieldError> {
+    match (config, default) {
+        (Some(config), _) => models::choose(config, ceilings.keyring.as_ref()),
+        (None, Some(default)) => Ok(default.clone()),
+        (None, None) => {
+            refuse("model_config", "is required: this sidecar has no default model (OPENCODE_PROVIDER, OPENCODE_MODEL)")
+        }
+    }
+}
+
+/// A text that goes to the model.
+pub(super) fn prose(field: &str, text: Option<&str>, ceilings: &Ceilings) -> Result<(), FieldError> {
+    let max = ceilings.max_prompt_length;
+    if text.is_some_and(|text| text.chars().count() > max) {
+        return refuse(field, format!("may have at most {max} characters (MAX_PROMPT_LENGTH)"));
+    }
+    if text.is_some_and(|text| text.contains('\0')) {
+        return refuse(field, "may not contain the character U+0000");
+    }
+    Ok(())
 }
 
 pub(super) fn non_empty(text: Option<String>) -> Option<String> {
@@ -215,7 +231,7 @@ mod tests {
 
     #[test]
     fn defaults_are_filled_in() {
-        let (task, key) = admit(request(|_| {}), &ceilings()).unwrap();
+        let (task, key) = admit(request(|_| {}), &ceilings(), ceilings().default_model.as_ref()).unwrap();
         assert_eq!(task.timeout_seconds, 100);
         assert_eq!(task.limits, ceilings().limits);
         assert_eq!(task.model.model, "m");
@@ -246,7 +262,9 @@ mod tests {
             ("model_config", Box::new(|b| b["model_config"] = Value::Null)),
         ];
         for (field, change) in cases {
-            let error = admit(request(change), &ceilings()).map(|(task, _)| task).unwrap_err();
+            let error = admit(request(change), &ceilings(), ceilings().default_model.as_ref())
+                .map(|(task, _)| task)
+                .unwrap_err();
             assert_eq!(error.field, field, "{error}");
         }
     }

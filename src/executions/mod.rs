@@ -2,27 +2,34 @@
 //!
 //! - `admit`: from a request to a task, or to the field that is wrong; `models`: the same for its `model_config`.
 //! - `queue`: who runs and who waits, pure.
+//! - `conversations`: sessions that callers make: made, prompted, ended, listed.
+//! - `kept`: one of them: its executions and what becomes of its process.
 //! - `owner`: the life of one execution, from its turn to its last event.
 //!
 //! Statuses are decided by `model::execution` alone; this module carries out what it says.
 
 mod admit;
+mod conversations;
+mod kept;
 mod models;
 mod owner;
 mod queue;
 
 pub use admit::{Ceilings, FieldError};
+pub use conversations::{CreateError, CreateSession, NewSession, SessionState};
+pub use kept::Changes;
 
 use crate::events::{Events, Head};
 use crate::model::event::NewEvent;
 use crate::model::request::TaskRequest;
-use crate::model::{ExecutionId, ExecutionRecord, Reason, Status, Task};
+use crate::model::{ExecutionId, ExecutionRecord, Reason, SessionId, Status, Task};
 use crate::sessions::Sessions;
 use crate::store::{Cursor, HistoryFilter, Store, StoreError};
 use crate::tasks::Tasks;
 use crate::telemetry::Metrics;
 use crate::workspace::Workspace;
 use chrono::Utc;
+use kept::Kept;
 use owner::Owner;
 use queue::Admission;
 use secrecy::SecretString;
@@ -31,6 +38,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use uuid::Uuid;
 
 /// How long a submission waits for its record to be durable.
@@ -47,6 +55,8 @@ pub struct Settings {
     pub ceilings: Ceilings,
     /// Protections that are on for sessions, by name.
     pub protections: Vec<String>,
+    /// How long the process of a caller's session rests before it is parked.
+    pub session_idle: Duration,
 }
 
 /// The service. Cheap to clone.
@@ -66,6 +76,8 @@ struct Shared {
     metrics: Metrics,
     admission: Mutex<Admission<Queued>>,
     live: Mutex<HashMap<ExecutionId, Arc<Owner>>>,
+    /// Sessions that callers made and that have not ended; `None` while one is being made.
+    kept: Mutex<HashMap<SessionId, Option<Arc<Kept>>>>,
     live_count: watch::Sender<usize>,
     closing: AtomicBool,
     abandoned: AtomicUsize,
@@ -85,6 +97,8 @@ pub enum SubmitError {
     Field(#[from] FieldError),
     #[error("there is no session with this id that takes tasks")]
     UnknownSession,
+    #[error("the session has ended")]
+    SessionEnded,
     #[error("the queue is full")]
     QueueFull,
     #[error("the sidecar shuts down")]
@@ -125,6 +139,7 @@ impl Executions {
                 metrics,
                 admission,
                 live: Mutex::default(),
+                kept: Mutex::default(),
                 live_count: watch::Sender::new(0),
                 closing: AtomicBool::new(false),
                 abandoned: AtomicUsize::new(0),
@@ -142,16 +157,20 @@ impl Executions {
         let count = left.len();
         for record in left {
             tracing::warn!(execution = %record.id, status = record.status.as_str(), "an execution was interrupted by the end of the sidecar");
-            let owner = self.adopt(record);
+            let owner = self.adopt(record, None);
             owner.end_now(Reason::Interrupted, "The sidecar or its node went away while the task was running.").await;
             self.forget(&owner);
+        }
+        for mut session in self.shared.store.open_sessions(self.shared.settings.owner).await? {
+            session.ended_at = Some(Utc::now());
+            self.shared.events.put_session(session).await;
         }
         Ok(count)
     }
 
-    fn adopt(&self, record: ExecutionRecord) -> Arc<Owner> {
+    fn adopt(&self, record: ExecutionRecord, kept: Option<Arc<Kept>>) -> Arc<Owner> {
         let writer = self.shared.events.open(record.clone());
-        let owner = Arc::new(Owner::new(record, writer));
+        let owner = Arc::new(Owner::new(record, writer, kept));
         let mut live = self.shared.lock_live();
         live.insert(owner.id, Arc::clone(&owner));
         self.shared.live_count.send_replace(live.len());
@@ -161,6 +180,9 @@ impl Executions {
     fn forget(&self, owner: &Owner) {
         if let Some((reason, ran)) = owner.outcome() {
             self.shared.metrics.execution_ended(reason, ran);
+        }
+        if let Some(kept) = &owner.kept {
+            kept.finished(&owner.writer.head().borrow());
         }
         let mut live = self.shared.lock_live();
         live.remove(&owner.id);
@@ -173,10 +195,12 @@ impl Executions {
     /// # Errors
     /// [`SubmitError`]; nothing of it runs then.
     pub async fn submit(&self, request: TaskRequest) -> Result<Arc<ExecutionRecord>, SubmitError> {
-        let (task, api_key) = admit::admit(request, &self.shared.settings.ceilings)?;
-        if task.session_id.is_some() {
-            return Err(SubmitError::UnknownSession);
-        }
+        let kept = request.session_id.map(|id| self.kept(id).ok_or(SubmitError::UnknownSession)).transpose()?;
+        let ceilings = &self.shared.settings.ceilings;
+        let (task, api_key) = match &kept {
+            Some(kept) => kept.admit(request, ceilings)?,
+            None => admit::admit(request, ceilings, ceilings.default_model.as_ref())?,
+        };
         if let Err(error) = self.shared.workspace.workdir(task.workdir.as_deref()) {
             return Err(FieldError { field: "workdir".to_owned(), reason: error.to_string() }.into());
         }
@@ -186,22 +210,41 @@ impl Executions {
         // A place is held before anything is written, so that what is durable also runs.
         self.shared.lock_admission().reserve().map_err(|queue::Full| SubmitError::QueueFull)?;
         let service = self.clone();
-        let taken_in = self.shared.tasks.spawn("submit", async move { service.take_in(task, api_key).await });
+        let taken_in = self.shared.tasks.spawn("submit", async move { service.take_in(task, api_key, kept).await });
         taken_in.await.unwrap_or(Err(SubmitError::NotStored))
     }
 
-    async fn take_in(&self, task: Task, api_key: SecretString) -> Result<Arc<ExecutionRecord>, SubmitError> {
+    /// A new execution, given its place where it is one of a caller's session.
+    fn record(&self, task: Task, kept: Option<&Kept>) -> Result<ExecutionRecord, kept::HasEnded> {
         let settings = &self.shared.settings;
-        let record =
+        let mut record =
             ExecutionRecord::new(&settings.project, settings.owner, task, settings.protections.clone(), Utc::now());
-        let owner = self.adopt(record.clone());
+        if let Some(kept) = kept {
+            record.session_id = kept.id();
+            record.ordinal = Some(kept.register(record.id)?);
+        }
+        Ok(record)
+    }
+
+    async fn take_in(
+        &self,
+        task: Task,
+        api_key: SecretString,
+        kept: Option<Arc<Kept>>,
+    ) -> Result<Arc<ExecutionRecord>, SubmitError> {
+        let session = kept.as_ref().map(|kept| kept.id());
+        let Ok(record) = self.record(task, kept.as_deref()) else {
+            self.shared.lock_admission().release();
+            return Err(SubmitError::SessionEnded);
+        };
+        let owner = self.adopt(record.clone(), kept);
         let seq = owner.writer.append(NewEvent::status(Status::Pending, None, None)).await;
         let stored = tokio::time::timeout(SUBMIT_TIMEOUT, owner.writer.committed(seq)).await;
         let mut admission = self.shared.lock_admission();
         // Looked at under the lock: who comes after the shutdown has emptied the queue must not get into it.
         let refused = match stored {
             Ok(true) if !self.shared.closing.load(Ordering::SeqCst) => {
-                admission.enqueue(owner.id, Queued { owner, api_key });
+                admission.enqueue(owner.id, session, Queued { owner, api_key });
                 drop(admission);
                 self.start_next();
                 return Ok(Arc::new(record));
@@ -224,20 +267,25 @@ impl Executions {
     fn start_next(&self) {
         let mut admission = self.shared.lock_admission();
         while let Some((_, queued)) = admission.start_next() {
-            let service = self.clone();
-            self.shared.tasks.spawn("execution", async move {
-                let waited = Utc::now() - queued.owner.created_at();
-                service.shared.metrics.queue_waited(waited.to_std().unwrap_or_default());
-                let nothing_left = queued.owner.live(&service.shared, queued.api_key).await;
-                if !nothing_left {
-                    service.shared.abandoned.fetch_add(1, Ordering::SeqCst);
-                }
-                service.forget(&queued.owner);
-                service.shared.lock_admission().finished();
-                service.start_next();
-            });
+            let waited = Utc::now() - queued.owner.created_at();
+            self.shared.metrics.queue_waited(waited.to_std().unwrap_or_default());
+            self.run(queued);
         }
         self.shared.show_load(&admission);
+    }
+
+    /// Runs an execution that has a slot, and gives the slot back.
+    fn run(&self, Queued { owner, api_key }: Queued) {
+        let service = self.clone();
+        self.shared.tasks.spawn("execution", async move {
+            let nothing_left = owner.live(&service.shared, api_key).await;
+            if !nothing_left {
+                service.shared.abandoned.fetch_add(1, Ordering::SeqCst);
+            }
+            service.forget(&owner);
+            service.shared.lock_admission().finished(owner.kept.as_ref().map(|kept| kept.id()));
+            service.start_next();
+        });
     }
 
     /// How an execution stands; `None` where this project has none with the id.
@@ -351,7 +399,7 @@ impl Executions {
     pub async fn shut_down(&self, grace: Duration) -> Result<(), usize> {
         self.shared.closing.store(true, Ordering::SeqCst);
         let queued = self.shared.lock_admission().drain();
-        for (_, queued) in queued {
+        for queued in queued {
             // Side by side: each waits until it is durable, which takes for ever where the database is away.
             let service = self.clone();
             self.shared.tasks.spawn("interrupt", async move {
@@ -364,7 +412,10 @@ impl Executions {
             owner.ask_to_end(Reason::Interrupted, "The sidecar shut down while the task was running.").await;
         }
         let mut live = self.shared.live_count.subscribe();
+        let begun = Instant::now();
         let _ = tokio::time::timeout(grace, live.wait_for(|live| *live == 0)).await;
+        // Their executions have ended: what is left of them ends at once.
+        let _ = tokio::time::timeout(grace.saturating_sub(begun.elapsed()), self.end_all_sessions()).await;
         let left = *self.shared.live_count.borrow() + self.shared.abandoned.load(Ordering::SeqCst);
         if left == 0 { Ok(()) } else { Err(left) }
     }
@@ -378,6 +429,10 @@ impl Shared {
     fn show_load(&self, admission: &Admission<Queued>) {
         self.metrics.set_running(admission.running());
         self.metrics.set_queued(admission.queued());
+    }
+
+    fn lock_kept(&self) -> std::sync::MutexGuard<'_, HashMap<SessionId, Option<Arc<Kept>>>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_live(&self) -> std::sync::MutexGuard<'_, HashMap<ExecutionId, Arc<Owner>>> {

@@ -5,10 +5,11 @@
 //! raises a flag that the run looks at before anything else; no queue is between.
 
 use super::Shared;
+use super::kept::Kept;
 use crate::events::Writer;
 use crate::model::event::{NewEvent, Severity};
 use crate::model::execution::{Command, Effect, Rejected, State, apply};
-use crate::model::{ExecutionId, ExecutionRecord, Reason, Usage};
+use crate::model::{ExecutionId, ExecutionRecord, Reason, Status, Usage};
 use crate::opencode::launch::LaunchError;
 use crate::opencode::outcome::Failure;
 use crate::opencode::profile::Profile;
@@ -16,7 +17,8 @@ use crate::sessions::{Ended, Observer, Progress, Run, Session, SessionError, Wan
 use chrono::{DateTime, Utc};
 use secrecy::SecretString;
 use serde_json::json;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::num::NonZeroU32;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -26,6 +28,8 @@ pub(super) struct Owner {
     pub(super) id: ExecutionId,
     pub(super) writer: Writer,
     work: Mutex<Work>,
+    /// The caller's session that it runs in; `None` where it gets one of its own.
+    pub(super) kept: Option<Arc<Kept>>,
     stop: CancellationToken,
 }
 
@@ -34,17 +38,20 @@ struct Work {
     state: State,
     record: ExecutionRecord,
     current_tool: Option<String>,
+    /// What the first one who wanted its end had to say.
+    ending: Option<String>,
 }
 
 impl Owner {
-    pub(super) fn new(record: ExecutionRecord, writer: Writer) -> Self {
+    pub(super) fn new(record: ExecutionRecord, writer: Writer, kept: Option<Arc<Kept>>) -> Self {
         let mut state = State::new(record.created_at);
         state.status = record.status;
         state.started_at = record.started_at;
         Self {
             id: record.id,
             writer,
-            work: Mutex::new(Work { state, record, current_tool: None }),
+            work: Mutex::new(Work { state, record, current_tool: None, ending: None }),
+            kept,
             stop: CancellationToken::new(),
         }
     }
@@ -108,6 +115,7 @@ impl Owner {
     /// Somebody wants its end. It ends by and by; the first one who asked is the reason.
     pub(super) async fn ask_to_end(&self, reason: Reason, message: &str) {
         if self.step(Command::End(reason), Vec::new()).is_ok() {
+            self.lock().ending = Some(message.to_owned());
             self.writer.append(NewEvent::log(Severity::Info, "ending", message)).await;
             self.stop.cancel();
         }
@@ -120,7 +128,10 @@ impl Owner {
         let _ = self.step(Command::End(reason), Vec::new());
         let event = match reason {
             Reason::Cancelled => NewEvent::log(Severity::Info, "ending", message),
-            _ => NewEvent::error(reason.as_str(), message, true, None),
+            _ => {
+                self.lock().record.error = Some(message.to_owned());
+                NewEvent::error(reason.as_str(), message, true, None)
+            }
         };
         if let Ok(seq) = self.step(Command::Ended, vec![event]) {
             self.writer.committed(seq).await;
@@ -143,7 +154,8 @@ impl Owner {
                 "Not every process of the session could be ended; the operator has to look.",
             ));
         }
-        if let Some(failure) = failure {
+        if let Some(failure) = failure.or_else(|| self.ended_by_others()) {
+            self.lock().record.error = Some(failure.message.clone());
             last_words.push(NewEvent::error(&failure.code, &failure.message, true, failure.retry_after));
         }
         let usage = {
@@ -165,19 +177,37 @@ impl Owner {
         ended.nothing_left
     }
 
+    /// The failure to tell of where somebody else ended it: each execution that fails says why. A cancelled one has not
+    /// failed.
+    fn ended_by_others(&self) -> Option<Failure> {
+        let work = self.lock();
+        let reason = work.state.ending.filter(|reason| reason.status() == Status::Failed)?;
+        Some(Failure::new(reason, reason.as_str(), work.ending.clone()?))
+    }
+
     /// Gets a session, runs the task in it, and ends it. When this returns, [`Command::End`] was taken.
     async fn work(&self, shared: &Shared, api_key: SecretString) -> (Ended, Option<Failure>) {
         let record = self.lock().record.clone();
         let deadline = Instant::now() + record.task.timeout();
+        shared.make_room().await;
         let session = self.session(shared, &record, api_key, deadline).await;
-        let mut session = match session {
+        let (mut session, warm) = match session {
             Ok(session) => session,
             Err(failure) => return (Ended { nothing_left: true, ..Ended::default() }, self.failed(failure)),
         };
         let mut started = NewEvent::log(Severity::Info, "session_started", "OpenCode runs.");
-        started.data["warm"] = json!(session.is_warm());
+        started.data["warm"] = json!(warm);
         started.data["protections"] = json!(record.protections);
         self.writer.append(started).await;
+        if let Some(unknown) =
+            self.kept.as_ref().filter(|_| record.ordinal == Some(NonZeroU32::MIN)).map(|k| &k.ignored)
+            && !unknown.is_empty()
+        {
+            let message = format!("Fields that this version does not know were ignored: {}.", unknown.join(", "));
+            let mut ignored = NewEvent::log(Severity::Warn, "unknown_fields", &message);
+            ignored.data["fields"] = json!(unknown);
+            self.writer.append(ignored).await;
+        }
         let title = record.id.to_string();
         let run =
             Run { task: &record.task, title: &title, writer: &self.writer, observer: self, stop: &self.stop, deadline };
@@ -198,8 +228,11 @@ impl Owner {
             let data = json!({ "call_id": call_id, "tool": tool, "result": null, "error": "interrupted", "duration_ms": null });
             self.writer.append(NewEvent::new(crate::model::EventType::ToolResult, data).severity(Severity::Warn)).await;
         }
-        let done = ending.reason == Reason::Finished;
-        (session.end(done).await, failure)
+        let ended = match &self.kept {
+            Some(kept) => kept.give_back(session, ending.settled).await,
+            None => session.end(ending.reason == Reason::Finished).await,
+        };
+        (ended, failure)
     }
 
     fn failed(&self, failure: Failure) -> Option<Failure> {
@@ -212,7 +245,7 @@ impl Owner {
         record: &ExecutionRecord,
         api_key: SecretString,
         deadline: Instant,
-    ) -> Result<Session, Failure> {
+    ) -> Result<(Session, bool), Failure> {
         let workdir = shared.workspace.workdir(record.task.workdir.as_deref()).map_err(|error| {
             Failure::new(Reason::Internal, "workdir", format!("The working directory cannot be used: {error}."))
         })?;
@@ -225,7 +258,14 @@ impl Owner {
             start_within: deadline.saturating_duration_since(Instant::now()),
             stop: self.stop.clone(),
         };
-        shared.sessions.acquire(wanted, None).await.map_err(|error| {
+        let session = match &self.kept {
+            Some(kept) => kept.take(shared, wanted).await,
+            None => shared.sessions.acquire(wanted, None).await.map(|session| {
+                let warm = session.is_warm();
+                (session, warm)
+            }),
+        };
+        session.map_err(|error| {
             if Instant::now() >= deadline {
                 return Failure::new(
                     Reason::Timeout,
@@ -234,26 +274,29 @@ impl Owner {
                 );
             }
             tracing::error!(execution = %self.id, error = &error as &dyn std::error::Error, "no session");
-            match &error {
-                SessionError::Refused(why) => {
-                    Failure::new(Reason::SandboxUnavailable, "sandbox_unavailable", why.clone())
-                }
-                SessionError::Launch(LaunchError::Ended { .. }) => {
-                    Failure::new(Reason::OpencodeCrashed, "opencode_start_failed", "OpenCode ended before it listened.")
-                }
-                SessionError::Launch(LaunchError::Timeout { within, .. }) => Failure::new(
-                    Reason::OpencodeUnresponsive,
-                    "opencode_start_failed",
-                    format!("OpenCode did not listen within {} s.", within.as_secs()),
-                ),
-                SessionError::Silent(_) | SessionError::PrimeTimeout => Failure::new(
-                    Reason::OpencodeUnresponsive,
-                    "opencode_start_failed",
-                    "OpenCode started, but does not answer.",
-                ),
-                _ => Failure::new(Reason::Internal, "session_failed", "The session could not be started."),
-            }
+            not_started(&error)
         })
+    }
+}
+
+/// Why a session did not start, for the user.
+pub(super) fn not_started(error: &SessionError) -> Failure {
+    match error {
+        SessionError::Refused(why) => Failure::new(Reason::SandboxUnavailable, "sandbox_unavailable", why.clone()),
+        SessionError::Launch(LaunchError::Ended { .. }) => {
+            Failure::new(Reason::OpencodeCrashed, "opencode_start_failed", "OpenCode ended before it listened.")
+        }
+        SessionError::Launch(LaunchError::Timeout { within, .. }) => Failure::new(
+            Reason::OpencodeUnresponsive,
+            "opencode_start_failed",
+            format!("OpenCode did not listen within {} s.", within.as_secs()),
+        ),
+        SessionError::Silent(_) | SessionError::PrimeTimeout => Failure::new(
+            Reason::OpencodeUnresponsive,
+            "opencode_start_failed",
+            "OpenCode started, but does not answer.",
+        ),
+        _ => Failure::new(Reason::Internal, "session_failed", "The session could not be started."),
     }
 }
 

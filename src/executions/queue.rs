@@ -1,7 +1,7 @@
 //! Admission: how many executions run at once, and who waits behind them. Pure.
 
-use crate::model::ExecutionId;
-use std::collections::VecDeque;
+use crate::model::{ExecutionId, SessionId};
+use std::collections::{HashSet, VecDeque};
 
 /// The queue is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,13 +16,23 @@ pub(super) struct Admission<T> {
     running: usize,
     /// Places held for submissions that are not durable yet.
     reserved: usize,
-    queue: VecDeque<(ExecutionId, T)>,
+    queue: VecDeque<Waiting<T>>,
+    /// Sessions that run an execution now: the next one of each waits for it.
+    busy: HashSet<SessionId>,
+}
+
+#[derive(Debug)]
+struct Waiting<T> {
+    id: ExecutionId,
+    /// The session that it has to run in; `None` where it gets one of its own.
+    session: Option<SessionId>,
+    item: T,
 }
 
 impl<T> Admission<T> {
     /// `max_running` at once and `max_queued` behind them.
     pub(super) fn new(max_running: usize, max_queued: usize) -> Self {
-        Self { max_running, max_queued, running: 0, reserved: 0, queue: VecDeque::new() }
+        Self { max_running, max_queued, running: 0, reserved: 0, queue: VecDeque::new(), busy: HashSet::new() }
     }
 
     /// Holds a place for one more, until [`Self::enqueue`] or [`Self::release`].
@@ -44,40 +54,60 @@ impl<T> Admission<T> {
     }
 
     /// Puts one at the end of the line, on a place that was held for it.
-    pub(super) fn enqueue(&mut self, id: ExecutionId, item: T) {
+    pub(super) fn enqueue(&mut self, id: ExecutionId, session: Option<SessionId>, item: T) {
         self.release();
-        self.queue.push_back((id, item));
+        self.queue.push_back(Waiting { id, session, item });
     }
 
-    /// The next one whose turn it is, if a slot is free; the slot is taken then, until [`Self::finished`].
+    /// The next one whose turn it is, if a slot is free; the slot is taken then, until [`Self::finished`]. One whose
+    /// session is busy lets the others pass.
     pub(super) fn start_next(&mut self) -> Option<(ExecutionId, T)> {
         if self.running >= self.max_running {
             return None;
         }
-        let next = self.queue.pop_front()?;
+        let free = |waiting: &Waiting<T>| waiting.session.is_none_or(|session| !self.busy.contains(&session));
+        let at = self.queue.iter().position(free)?;
+        let next = self.queue.remove(at)?;
         self.running += 1;
-        Some(next)
+        self.busy.extend(next.session);
+        Some((next.id, next.item))
+    }
+
+    /// Takes a slot for a session at once, past nobody who waits.
+    ///
+    /// # Errors
+    /// [`Full`] where it would have to wait.
+    pub(super) fn start_now(&mut self, session: SessionId) -> Result<(), Full> {
+        if self.queue.len() + self.reserved + self.running >= self.max_running {
+            return Err(Full);
+        }
+        self.running += 1;
+        self.busy.insert(session);
+        Ok(())
     }
 
     /// Gives a slot back.
-    pub(super) fn finished(&mut self) {
+    pub(super) fn finished(&mut self, session: Option<SessionId>) {
         self.running = self.running.saturating_sub(1);
+        if let Some(session) = session {
+            self.busy.remove(&session);
+        }
     }
 
     /// Takes one out of the queue that has not started; `None` where it is not in it.
     pub(super) fn remove(&mut self, id: ExecutionId) -> Option<T> {
-        let at = self.queue.iter().position(|(queued, _)| *queued == id)?;
-        self.queue.remove(at).map(|(_, item)| item)
+        let at = self.queue.iter().position(|waiting| waiting.id == id)?;
+        self.queue.remove(at).map(|waiting| waiting.item)
     }
 
     /// Takes all out that have not started.
-    pub(super) fn drain(&mut self) -> Vec<(ExecutionId, T)> {
-        self.queue.drain(..).collect()
+    pub(super) fn drain(&mut self) -> Vec<T> {
+        self.queue.drain(..).map(|waiting| waiting.item).collect()
     }
 
     /// How many are before this one, itself counted: 1 is next. `None` where it does not wait.
     pub(super) fn position(&self, id: ExecutionId) -> Option<usize> {
-        self.queue.iter().position(|(queued, _)| *queued == id).map(|at| at + 1)
+        self.queue.iter().position(|waiting| waiting.id == id).map(|at| at + 1)
     }
 
     /// How many run.
@@ -97,7 +127,7 @@ mod tests {
 
     fn put(queue: &mut Admission<()>, id: ExecutionId) -> Result<(), Full> {
         queue.reserve()?;
-        queue.enqueue(id, ());
+        queue.enqueue(id, None, ());
         Ok(())
     }
 
@@ -119,9 +149,29 @@ mod tests {
         assert_eq!(queue.remove(ids[2]), None);
         put(&mut queue, ids[4]).unwrap();
         assert_eq!(put(&mut queue, ids[5]), Err(Full));
-        queue.finished();
+        queue.finished(None);
         assert_eq!(queue.start_next().unwrap().0, ids[3]);
         assert_eq!(queue.drain().len(), 1);
+    }
+
+    #[test]
+    fn a_session_runs_one_after_another_and_holds_up_nobody_else() {
+        let ids: Vec<_> = (0..4).map(|_| ExecutionId::new()).collect();
+        let (one, two) = (SessionId::new(), SessionId::new());
+        let mut queue = Admission::new(3, 5);
+        for (id, session) in ids.iter().zip([Some(one), Some(one), Some(two), None]) {
+            queue.reserve().unwrap();
+            queue.enqueue(*id, session, ());
+        }
+        let started: Vec<_> = std::iter::from_fn(|| queue.start_next()).map(|(id, ())| id).collect();
+        assert_eq!(started, [ids[0], ids[2], ids[3]]);
+        queue.finished(None);
+        assert!(queue.start_next().is_none(), "the session is busy");
+        assert_eq!(queue.start_now(SessionId::new()), Err(Full), "somebody waits");
+        queue.finished(Some(one));
+        assert_eq!(queue.start_next().unwrap().0, ids[1]);
+        queue.start_now(SessionId::new()).unwrap();
+        assert_eq!(queue.start_now(SessionId::new()), Err(Full));
     }
 
     #[test]
@@ -142,7 +192,7 @@ mod tests {
         assert_eq!(put(&mut queue, ExecutionId::new()), Err(Full));
         queue.start_next().unwrap();
         assert_eq!(put(&mut queue, ExecutionId::new()), Err(Full));
-        queue.finished();
+        queue.finished(None);
         put(&mut queue, ExecutionId::new()).unwrap();
     }
 }

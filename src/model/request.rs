@@ -55,6 +55,28 @@ pub struct TaskRequest {
     pub metadata: Option<Value>,
 }
 
+impl TaskRequest {
+    /// A prompt in a session, everything else as the session has it.
+    pub fn prompt(task_id: TaskId, session_id: SessionId, prompt: String) -> Self {
+        Self {
+            task_id,
+            prompt: Some(prompt),
+            session_id: Some(session_id),
+            code: None,
+            context: None,
+            model_config: None,
+            system_prompt: None,
+            agent: None,
+            workdir: None,
+            timeout_seconds: None,
+            limits: None,
+            permissions: None,
+            on_restart: None,
+            metadata: None,
+        }
+    }
+}
+
 /// A model and how to call it.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]

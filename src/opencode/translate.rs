@@ -402,16 +402,18 @@ impl Translator {
             .flatten()
             .map(|t| json!({ "content": t["content"], "status": t["status"], "priority": t["priority"] }))
             .collect();
+        let todo = |items: &[Value]| NewEvent::new(EventType::Todo, json!({ "items": items }));
+        // A sub-agent's list says nothing of the whole.
+        if !is_root {
+            return Step::event(todo(&items));
+        }
         let counted: Vec<_> = items.iter().filter(|t| t["status"] != "cancelled").collect();
         let done = counted.iter().filter(|t| t["status"] == "completed").count();
-        // A sub-agent's list says nothing of the whole.
-        if is_root {
-            self.progress = match counted.len() {
-                0 => None,
-                all => u8::try_from(done * 100 / all).ok(),
-            };
-        }
-        Step::event(NewEvent::new(EventType::Todo, json!({ "items": items })))
+        self.progress = match counted.len() {
+            0 => None,
+            all => u8::try_from(done * 100 / all).ok(),
+        };
+        Step::event(todo(&items).with("progress", json!(self.progress)))
     }
 
     fn file_changed(&mut self, properties: &Value) -> Step {

@@ -9,6 +9,7 @@ mod events;
 mod golden;
 mod run;
 mod sandbox;
+mod sessions;
 mod store;
 mod support;
 mod tap;
