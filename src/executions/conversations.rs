@@ -339,7 +339,8 @@ impl Executions {
         if let Some(kept) = self.kept(id) {
             kept.end(Utc::now());
             let begun = Instant::now();
-            for execution in kept.executions() {
+            // Those that wait go first: none of them gets its turn when the one that runs has ended.
+            for execution in kept.executions().into_iter().rev() {
                 // One that has ended is left as it is.
                 if self.shared.lock_live().contains_key(&execution) {
                     self.cancel(execution, why, patience.saturating_sub(begun.elapsed())).await?;

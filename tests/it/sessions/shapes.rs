@@ -61,7 +61,7 @@ async fn text_alone_a_failure_and_ten_thousand_events() {
             { "content": "a", "status": "completed", "priority": "high" }, { "content": "b", "status": done, "priority": "low" },
         ]})
     };
-    let words: String = (0..10_000).map(|n| format!("w{n} ")).collect();
+    let words: String = (0..10_000).map(|n| format!("{} ", n % 10)).collect();
     let script = Script::new()
         .tool("todowrite", todos("pending"))
         .bash("seq 1 2000; echo bad >&2; exit 3")
