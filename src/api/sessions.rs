@@ -205,6 +205,7 @@ async fn create(
             Problem::new(Code::Unavailable, "The session could not be stored in time. It does not run.")
         }
         CreateError::Store(error) => unavailable(error),
+        CreateError::Refused(why) => Problem::new(Code::Unavailable, why),
         CreateError::NotStarted(why) => Problem::new(Code::BadGateway, why),
     })?;
     let created = SessionCreated {

@@ -64,6 +64,9 @@ pub enum CreateError {
     NotStored,
     #[error("the database cannot be asked")]
     Store(#[from] StoreError),
+    /// For the user: what is missing that sessions are to be protected by.
+    #[error("{0}")]
+    Refused(String),
     /// For the user: what went wrong with OpenCode.
     #[error("{0}")]
     NotStarted(String),
@@ -310,7 +313,11 @@ impl Executions {
             return CreateError::Abandoned;
         }
         tracing::error!(error = error as &dyn std::error::Error, "a session was not made");
-        CreateError::NotStarted(owner::not_started(error).message)
+        let failure = owner::not_started(error);
+        match failure.reason {
+            Reason::SandboxUnavailable => CreateError::Refused(failure.message),
+            _ => CreateError::NotStarted(failure.message),
+        }
     }
 
     /// The next prompt of a session: a new execution, which runs when those before it have ended.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 /// What a command sends.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct Call {
     pub(super) method: String,
     /// Path and query.
