@@ -70,17 +70,26 @@ impl Direct {
 
     /// Runs a prompt in a conversation of its own, which is made before the clock starts.
     pub(crate) async fn run(&self, prompt: &str) -> Straight {
-        let session = self.client.create_session("bench").await.unwrap();
+        let session = self.conversation().await;
+        self.run_in(&session, prompt).await
+    }
+
+    pub(crate) async fn conversation(&self) -> String {
+        self.client.create_session("bench").await.unwrap()
+    }
+
+    /// Runs a prompt in a conversation that there is.
+    pub(crate) async fn run_in(&self, session: &str, prompt: &str) -> Straight {
         let mut events = self.client.events().await.unwrap();
         let started = Instant::now();
-        self.client.prompt(&session, &Prompt { text: prompt, ..Prompt::default() }).await.unwrap();
+        self.client.prompt(session, &Prompt { text: prompt, ..Prompt::default() }).await.unwrap();
         let mut first = None;
         loop {
             let event = events.next().await.unwrap().expect("the event stream goes on");
             if event.kind == "message.part.delta" || event.properties["part"]["type"] == "tool" {
                 first.get_or_insert_with(|| started.elapsed());
             }
-            if event.kind == "session.idle" && event.session_id() == Some(&session) {
+            if event.kind == "session.idle" && event.session_id() == Some(session) {
                 let total = started.elapsed();
                 return Straight { total, first: first.unwrap_or(total) };
             }
