@@ -38,6 +38,7 @@ fn an_empty_environment_gives_the_contracts_defaults() {
         let seconds = [
             (c.task_timeout, 3600),
             (c.stall_timeout, 300),
+            (c.session_idle_timeout, 900),
             (c.start_timeout, 60),
             (c.first_event_timeout, 60),
             (c.shutdown_grace, 25),
@@ -79,6 +80,8 @@ fn each_variable_is_read_and_checked() {
         ("MAX_PROMPT_LENGTH", "10", &["0", "x"]),
         ("WARM_POOL_SIZE", "2", &["-1", "x"]),
         ("SESSION_PORT_RANGE", "30000-30100", &["30000", "30100-30000", "80-90", "1-65536", "a-b", "-"]),
+        ("SESSION_IDLE_TIMEOUT", "5", &["0", "x"]),
+        ("SESSIONS_STREAM_UNAUTHENTICATED", "1", &["0", "true"]),
         ("SANDBOX", "best-effort", &["none", "REQUIRED"]),
         ("ENCRYPTION_KEY", KEY, &["hidden", "AAEC", &KEY[..43], &format!("{KEY}\n")]),
         ("MODEL_HEADER_TIMEOUT", "5", &["0", "x"]),

@@ -199,8 +199,8 @@ impl Kept {
                 session.park(false).await.1
             }
             Process::Parked(parked) => parked,
-            // One execution at a time: nobody else has it.
-            Process::Away => return Err(SessionError::Refused("The session has no process.".to_owned())),
+            // One execution at a time has it: so it is gone with the session's end.
+            Process::Away => return Err(SessionError::HasEnded),
         };
         let started = shared.sessions.acquire(wanted, Some(&parked)).await;
         if started.is_err() {

@@ -58,6 +58,8 @@ impl Wanted {
 pub enum SessionError {
     #[error("{0}")]
     Refused(String),
+    #[error("the session has ended")]
+    HasEnded,
     #[error("the model's endpoint is no URL")]
     Endpoint(#[source] url::ParseError),
     #[error("no random bytes")]
