@@ -73,6 +73,8 @@ pub struct Config {
     pub opencode_command: Option<PathBuf>,
     pub default_model: Option<DefaultModel>,
     pub shared_secret: Option<SecretString>,
+    /// Base URL of the backend that is told how its sessions stand.
+    pub backend_api_url: Option<Url>,
     /// `AUTH=off`.
     pub auth_off: bool,
     pub model_header_timeout: Duration,
@@ -160,6 +162,7 @@ impl Config {
             opencode_command: r.path("OPENCODE_COMMAND"),
             default_model: default_model(&mut r),
             shared_secret: r.secret("OPENCODE_SHARED_SECRET"),
+            backend_api_url: r.optional("BACKEND_API_URL", PLAIN_URL, endpoint),
             auth_off: r.flag("AUTH", "off"),
             model_header_timeout: r.seconds("MODEL_HEADER_TIMEOUT", HOUR),
             model_idle_timeout: r.seconds("MODEL_IDLE_TIMEOUT", HOUR),
@@ -189,8 +192,7 @@ fn default_model(r: &mut Reader<'_>) -> Option<DefaultModel> {
         (model.len() <= 256 && is_visible_ascii(model)).then(|| model.to_owned())
     });
     let api_key = r.secret("OPENCODE_API_KEY");
-    let endpoint =
-        r.optional("OPENCODE_API_ENDPOINT", "an http or https URL without a user, query or fragment", endpoint);
+    let endpoint = r.optional("OPENCODE_API_ENDPOINT", PLAIN_URL, endpoint);
 
     let all = ["OPENCODE_PROVIDER", "OPENCODE_MODEL", "OPENCODE_API_KEY"];
     let endpoint_name = "OPENCODE_API_ENDPOINT";
@@ -211,6 +213,9 @@ fn default_model(r: &mut Reader<'_>) -> Option<DefaultModel> {
     }
     Some(DefaultModel { provider: provider?, model: model?, api_key: api_key?, endpoint: endpoint.or(public)? })
 }
+
+/// What [`endpoint`] takes.
+const PLAIN_URL: &str = "an http or https URL without a user, query or fragment";
 
 fn endpoint(text: &str) -> Option<Url> {
     let url = Url::parse(text).ok()?;

@@ -33,6 +33,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("executions", &["model", "tasks", "telemetry", "workspace", "store", "events", "opencode", "sessions"]),
     // Edges.
     ("api", &["model", "tasks", "telemetry", "store", "events", "executions"]),
+    ("notify", &["model", "tasks", "telemetry", "store"]),
     ("console", &[]),
     ("scripted", &["tasks"]),
     // Wiring.
@@ -53,6 +54,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "sessions",
             "executions",
             "api",
+            "notify",
         ],
     ),
     ("host", &["telemetry"]),
@@ -65,7 +67,7 @@ const LAYERS: &[(&str, &[&str])] = &[
 const ONLY_IN: &[(&str, &[&str])] = &[
     ("sqlx", &["store"]),
     ("axum", &["api", "broker", "scripted"]),
-    ("StatusCode", &["api", "broker", "scripted", "opencode/client.rs"]),
+    ("StatusCode", &["api", "broker", "scripted", "notify", "opencode/client.rs"]),
     ("unsafe", &["sandbox"]),
     ("unsafe_code", &["sandbox"]),
     ("process::Command", &["sandbox"]),

@@ -9,6 +9,7 @@ use opencode_sidecar::opencode::launch::find_command;
 use opencode_sidecar::opencode::sse::Parser;
 use opencode_sidecar::sandbox::{Exit, Process, Signal, Spec};
 use opencode_sidecar::scripted::{Script, ScriptedModel};
+use opencode_sidecar::store::DatabaseOptions;
 use opencode_sidecar::tasks::Tasks;
 use reqwest::{Method, Response};
 use secrecy::ExposeSecret;
@@ -61,6 +62,7 @@ pub(crate) struct World {
     pub(crate) state: TempDir,
     pub(crate) model: ScriptedModel,
     tasks: Tasks,
+    database: DatabaseOptions,
     env: BTreeMap<String, String>,
 }
 
@@ -90,7 +92,7 @@ impl World {
             (text("MAX_CONCURRENT_TASKS"), text("2")),
             (text("LOG_LEVEL"), std::env::var("TEST_LOG").unwrap_or_else(|_| text("info"))),
         ]);
-        Self { workspace, state, model, tasks, env }
+        Self { workspace, state, model, tasks, database, env }
     }
 
     /// Starts a sidecar here, with some variables changed (an empty value leaves one out).
@@ -112,6 +114,11 @@ impl World {
             Ok(_) => panic!("it started"),
             Err(log) => log,
         }
+    }
+
+    /// The sidecars' database.
+    pub(crate) fn database(&self) -> DatabaseOptions {
+        self.database.clone()
     }
 
     pub(crate) fn file(&self, name: &str) -> PathBuf {
