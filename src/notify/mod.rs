@@ -204,9 +204,13 @@ impl Teller {
                 () = sleep_until(wake) => {}
             }
         }
-        let left = self.trouble.keys().chain(&self.telling).collect::<HashSet<_>>().len() + self.found.len();
-        if left > 0 {
-            tracing::warn!(sessions = left, "the backend was not told everything; the next start goes on with it");
+        let found = self.found.iter().map(|callback| &callback.session_id);
+        let left: HashSet<_> = self.trouble.keys().chain(&self.telling).chain(found).collect();
+        if !left.is_empty() {
+            tracing::warn!(
+                sessions = left.len(),
+                "the backend was not told everything; the next start goes on with it"
+            );
         }
     }
 

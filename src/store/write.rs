@@ -114,7 +114,7 @@ impl Store {
             return Ok(());
         }
         let plans = Plan::of(writes)?;
-        self.run(async |connection: &mut PgConnection| {
+        let work = self.run(async |connection: &mut PgConnection| {
             let mut transaction = connection.begin().await?;
             let mut news = Vec::new();
             for write in writes {
@@ -145,13 +145,12 @@ impl Store {
             let told = if self.callbacks { tell(writes, &news, replaced).write(&mut transaction).await? } else { 0 };
             transaction.commit().await?;
             Ok(told)
-        })
-        .await
-        .map(|told| {
-            if told > 0 {
-                self.callbacks_written.send_modify(|written| *written += told);
-            }
-        })
+        });
+        let told = work.await?;
+        if told > 0 {
+            self.callbacks_written.send_modify(|written| *written += told);
+        }
+        Ok(())
     }
 
     /// Removes an execution of the project with its log. `false` where there was none. A submission of it that is
