@@ -32,7 +32,7 @@ const SLOW: Pace = Pace {
     call: PATIENCE,
     first_pause: Duration::from_secs(3600),
     longest_pause: Duration::from_secs(3600),
-    look: PATIENCE,
+    look: Duration::from_secs(3600),
 };
 
 /// A notifier and what it has to do with.
@@ -128,13 +128,16 @@ async fn each_change_is_told_once_in_order_and_with_the_secret() {
     all_told(&store).await;
     life.measured(|text| text.contains("callbacks_total{outcome=\"delivered\"} 5\n")).await;
     life.measured(|text| text.contains("callbacks_waiting 0\n")).await;
+    // It has seen that nothing is left; what comes now wakes it.
+    let late = begin(&store).await;
+    assert_eq!(backend.told(late.session_id, 1).await, ["running"]);
     life.notifier.drain(PATIENCE).await;
     let calls = backend.calls();
     for call in &calls {
         assert_eq!((&*call.method, call.authorization.as_deref()), ("PATCH", Some("Bearer the-secret")), "{call:?}");
         assert!(call.path.starts_with("/base/api/sessions/"), "{call:?}");
     }
-    assert_eq!(calls.iter().filter(|call| call.path.ends_with("/status")).count(), 5);
+    assert_eq!(calls.iter().filter(|call| call.path.ends_with("/status")).count(), 6);
 }
 
 #[tokio::test]
