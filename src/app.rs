@@ -15,6 +15,7 @@ use crate::events::Events;
 use crate::executions::{Ceilings, Executions};
 use crate::model::SessionId;
 use crate::model::task::ModelChoice;
+use crate::notify::Notifier;
 use crate::opencode::OPENCODE_VERSION;
 use crate::opencode::launch::{Ports, find_command};
 use crate::opencode::profile::Profile;
@@ -24,7 +25,7 @@ use crate::store::{DatabaseOptions, Embedded, EmbeddedError, Store, StoreError};
 use crate::tasks::Tasks;
 use crate::telemetry::Metrics;
 use crate::workspace::{Workspace, WorkspaceError};
-use crate::{executions, sessions};
+use crate::{executions, notify, sessions};
 use secrecy::SecretString;
 use std::fs::File;
 use std::net::SocketAddr;
@@ -41,6 +42,9 @@ const CONNECTIONS: u32 = 10;
 const DATABASE_WAIT: Duration = Duration::from_secs(60);
 /// How long the streams and connections may take to end.
 const DRAIN: Duration = Duration::from_secs(2);
+
+/// How long the backend may take to be told what the shutdown itself has changed.
+const LAST_CALLBACKS: Duration = Duration::from_secs(2);
 
 /// Why the sidecar did not start.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +71,8 @@ pub enum StartError {
     Database(#[from] StoreError),
     #[error("the model broker did not start")]
     Broker(#[from] BrokerError),
+    #[error("the client for the backend (BACKEND_API_URL) cannot be made")]
+    Notify(#[from] notify::ClientError),
     #[error("the metrics are not well-formed")]
     Metrics(#[from] prometheus::Error),
 }
@@ -129,6 +135,8 @@ impl Database {
                 }
             }
         };
+        // Without anybody to take them, callbacks would pile up.
+        let store = if config.backend_api_url.is_some() { store.with_callbacks() } else { store };
         Ok(Self { store, embedded })
     }
 
@@ -196,6 +204,7 @@ pub struct App {
     database: Database,
     executions: Executions,
     sessions: Sessions,
+    notifier: Option<Notifier>,
     router: crate::api::Router,
     streams: CancellationToken,
     /// Released last.
@@ -311,6 +320,7 @@ impl App {
             tasks.clone(),
             metrics.clone(),
         );
+        let notifier = notifier(&config, state.instance, &database.store, &metrics, &tasks)?;
         executions.recover().await?;
         tasks.spawn("idle sessions", executions.clone().look_after_sessions());
         let streams = CancellationToken::new();
@@ -346,12 +356,12 @@ impl App {
                 .merge(crate::api::sessions::streams(sessions_api)),
         };
         let (router, _) = assemble(&edge, routes);
-        Ok(Self { config, tasks, sandbox, database, executions, sessions, router, streams, state })
+        Ok(Self { config, tasks, sandbox, database, executions, sessions, notifier, router, streams, state })
     }
 
     /// Serves until `stop`, then ends everything in order: nothing new is taken and `/ready` says so, streams are told
-    /// to come again, executions end as `interrupted` with all their processes, the log is written, the database
-    /// is closed.
+    /// to come again, executions end as `interrupted` with all their processes, the log is written, the backend is told,
+    /// the database is closed.
     ///
     /// # Errors
     /// [`Abandoned`], where something did not end within `SHUTDOWN_GRACE_SECONDS`.
@@ -374,6 +384,9 @@ impl App {
         let flushed = tokio::time::timeout(until(0.6), self.executions.events().flushed()).await;
         let writes = if flushed.is_ok() { 0 } else { self.executions.events().pending() };
         close.cancel();
+        if let Some(notifier) = self.notifier {
+            notifier.drain(until(0.7).min(LAST_CALLBACKS)).await;
+        }
         let connections = match tokio::time::timeout(until(0.75), serving).await {
             Ok(Ok(cut)) => cut,
             Ok(Err(_)) | Err(_) => 1,
@@ -396,6 +409,25 @@ impl App {
         }
         Err(Abandoned { executions, writes, processes, connections, tasks })
     }
+}
+
+/// Starts what tells the backend, where there is one.
+fn notifier(
+    config: &Config,
+    owner: Uuid,
+    store: &Store,
+    metrics: &Metrics,
+    tasks: &Tasks,
+) -> Result<Option<Notifier>, notify::ClientError> {
+    let Some(backend) = config.backend_api_url.clone() else { return Ok(None) };
+    let settings = notify::Settings {
+        backend,
+        secret: config.shared_secret.clone(),
+        project: config.project_id.clone(),
+        owner,
+        pace: notify::Pace::default(),
+    };
+    Notifier::start(settings, store.clone(), metrics.clone(), tasks).map(Some)
 }
 
 /// What `/ready` looks at.

@@ -78,6 +78,8 @@ pub struct Config {
     /// Opens keys that come encrypted; `None`: such are refused.
     pub keyring: Option<Keyring>,
     pub shared_secret: Option<SecretString>,
+    /// Base URL of the backend that is told how its sessions stand.
+    pub backend_api_url: Option<Url>,
     /// `AUTH=off`.
     pub auth_off: bool,
     /// Whether `GET /sessions/{id}/stream` needs no credential.
@@ -169,6 +171,7 @@ impl Config {
             default_model: default_model(&mut r),
             keyring: keyring(&mut r),
             shared_secret: r.secret("OPENCODE_SHARED_SECRET"),
+            backend_api_url: r.optional("BACKEND_API_URL", PLAIN_URL, endpoint),
             auth_off: r.flag("AUTH", "off"),
             sessions_stream_unauthenticated: r.flag("SESSIONS_STREAM_UNAUTHENTICATED", "1"),
             model_header_timeout: r.seconds("MODEL_HEADER_TIMEOUT", HOUR),
@@ -199,8 +202,7 @@ fn default_model(r: &mut Reader<'_>) -> Option<DefaultModel> {
         (model.len() <= 256 && is_visible_ascii(model)).then(|| model.to_owned())
     });
     let api_key = r.secret("OPENCODE_API_KEY");
-    let endpoint =
-        r.optional("OPENCODE_API_ENDPOINT", "an http or https URL without a user, query or fragment", endpoint);
+    let endpoint = r.optional("OPENCODE_API_ENDPOINT", PLAIN_URL, endpoint);
 
     let all = ["OPENCODE_PROVIDER", "OPENCODE_MODEL", "OPENCODE_API_KEY"];
     let endpoint_name = "OPENCODE_API_ENDPOINT";
@@ -232,6 +234,9 @@ fn keyring(r: &mut Reader<'_>) -> Option<Keyring> {
     }
     Some(Keyring { current: current?, previous })
 }
+
+/// What [`endpoint`] takes.
+const PLAIN_URL: &str = "an http or https URL without a user, query or fragment";
 
 fn endpoint(text: &str) -> Option<Url> {
     let url = Url::parse(text).ok()?;

@@ -23,6 +23,7 @@
 //! | | [`executions`] | takes in, queues, runs, cancels, ends, forgets |
 //! | edges | [`api`] | HTTP: requests into calls, results into answers, logs into streams |
 //! | | [`client`] | the same API from its other side; knows nothing of the rest |
+//! | | [`notify`] | tells the backend how its sessions stand |
 //! | | [`console`] | shows a run, a log, a history at a terminal |
 //! | | [`scripted`] | the scripted model for demo, tests and benchmarks; it knows nothing of the rest |
 //! | wiring | [`host`] | this process: its file, the signals that end it, errors at a terminal |
@@ -50,7 +51,7 @@
 //! - **Only [`sandbox`] starts processes and holds `unsafe`.** No other module has a `Command` to run. ∎
 //! - **Only [`store`] knows SQL.** No `sqlx` type leaves it. ∎
 //! - **Only [`api`] decides what a caller is answered with.** Errors below it know no status codes; [`broker`],
-//!   [`scripted`] and the client in [`opencode`] have those of the calls that they speak themselves. ∎
+//!   [`notify`], [`scripted`] and the client in [`opencode`] have those of the calls that they speak themselves. ∎
 //! - **A session has no secret that is worth anything elsewhere.** The provider's key is in [`broker`] alone; not in
 //!   the environment, the files or the arguments of a process.
 //! - **No path from outside is compared as a string.** [`workspace`] resolves it beneath a directory handle.
@@ -72,6 +73,7 @@
 //! | how processes are ended, and how that is known | `sandbox::process`, [`sandbox::jail`] |
 //! | which routes there are | [`api::openapi`], and the handlers in [`api::tasks`] and [`api::stream`] |
 //! | the pages for people | `docs/`, and `api::pages`, which serves them; `tests/it/docs` holds them to the code |
+//! | how the backend learns of a status | `store::callbacks`, where it is kept, and [`notify`], which tells it |
 //! | which error has which status | [`api::problem`] |
 //! | what the command line can do | `src/cli.rs`, then `cli::exec` and `cli::watch` |
 //! | how a dropped stream goes on | [`client::follow`] |
@@ -91,6 +93,7 @@ pub mod events;
 pub mod executions;
 pub mod host;
 pub mod model;
+pub mod notify;
 pub mod opencode;
 pub mod sandbox;
 pub mod scripted;

@@ -107,6 +107,29 @@ impl ModelCallOutcome {
     }
 }
 
+/// What became of a call that tells the backend a change of status, as the metrics count it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CallbackOutcome {
+    /// The backend took it.
+    Delivered,
+    /// It did not; the call is made again.
+    Failed,
+    /// The backend does not know the session.
+    Unwanted,
+}
+
+impl CallbackOutcome {
+    const ALL: [Self; 3] = [Self::Delivered, Self::Failed, Self::Unwanted];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Delivered => "delivered",
+            Self::Failed => "failed",
+            Self::Unwanted => "unwanted",
+        }
+    }
+}
+
 /// The sidecar's metrics. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Metrics(Arc<Inner>);
@@ -124,6 +147,8 @@ struct Inner {
     queue_wait: HistogramVec,
     events: IntCounterVec,
     model_calls: IntCounterVec,
+    callbacks: IntCounterVec,
+    callbacks_waiting: IntGauge,
     uptime: Gauge,
     resident: IntGauge,
     open_fds: IntGauge,
@@ -194,6 +219,11 @@ impl Metrics {
             )?,
             events: make.counters("events_total", "Events appended to logs.", &["type"])?,
             model_calls: make.counters("model_calls_total", "Calls of models through the broker.", &["outcome"])?,
+            callbacks: make.counters("callbacks_total", "Calls that tell the backend a status.", &["outcome"])?,
+            callbacks_waiting: make.gauge(
+                &format!("{PREFIX}callbacks_waiting"),
+                "Changes of status that the backend has not taken yet.",
+            )?,
             uptime: make.add(Gauge::new(format!("{PREFIX}uptime_seconds"), "Time since the start.")?)?,
             resident: make.gauge("process_resident_memory_bytes", "Resident memory.")?,
             open_fds: make.gauge("process_open_fds", "Open file descriptors.")?,
@@ -211,6 +241,9 @@ impl Metrics {
         }
         for outcome in ModelCallOutcome::ALL {
             inner.model_calls.with_label_values(&[outcome.as_str()]);
+        }
+        for outcome in CallbackOutcome::ALL {
+            inner.callbacks.with_label_values(&[outcome.as_str()]);
         }
         inner.queue_wait.with_label_values::<&str>(&[]);
         Ok(Self(Arc::new(inner)))
@@ -267,6 +300,16 @@ impl Metrics {
         self.0.model_calls.with_label_values(&[outcome.as_str()]).inc();
     }
 
+    /// A call that tells the backend a change of status ended.
+    pub fn callback(&self, outcome: CallbackOutcome) {
+        self.0.callbacks.with_label_values(&[outcome.as_str()]).inc();
+    }
+
+    /// How many changes of status the backend has not taken.
+    pub fn set_callbacks_waiting(&self, count: u64) {
+        self.0.callbacks_waiting.set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
     /// All metrics in Prometheus' text format 0.0.4.
     ///
     /// # Errors
@@ -309,6 +352,8 @@ mod tests {
             "opencode_sidecar_queue_wait_seconds_count 0",
             "opencode_sidecar_events_total{type=\"stdout\"} 0",
             "opencode_sidecar_model_calls_total{outcome=\"ok\"} 0",
+            "opencode_sidecar_callbacks_total{outcome=\"failed\"} 0",
+            "opencode_sidecar_callbacks_waiting 0",
         ] {
             assert!(before.lines().any(|l| l == line), "{line}\n{before}");
         }
@@ -321,6 +366,8 @@ mod tests {
         metrics.queue_waited(Duration::from_millis(1));
         metrics.event(EventType::Stdout);
         metrics.model_call(ModelCallOutcome::Refused);
+        metrics.callback(CallbackOutcome::Delivered);
+        metrics.set_callbacks_waiting(4);
         let after = metrics.render().unwrap();
         for line in [
             "opencode_sidecar_http_requests_total{method=\"GET\",route=\"/tasks/{execution_id}\",status=\"200\"} 1",
@@ -335,6 +382,8 @@ mod tests {
             "opencode_sidecar_queue_wait_seconds_count 1",
             "opencode_sidecar_events_total{type=\"stdout\"} 1",
             "opencode_sidecar_model_calls_total{outcome=\"refused\"} 1",
+            "opencode_sidecar_callbacks_total{outcome=\"delivered\"} 1",
+            "opencode_sidecar_callbacks_waiting 4",
         ] {
             assert!(after.lines().any(|l| l == line), "{line}\n{after}");
         }

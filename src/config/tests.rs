@@ -27,7 +27,7 @@ fn an_empty_environment_gives_the_contracts_defaults() {
         assert_eq!(c.workspace_dir, PathBuf::from("/workspace"));
         assert_eq!(c.state_dir, PathBuf::from("/var/lib/opencode-sidecar"));
         assert!(c.database_url.is_none() && c.shared_secret.is_none() && c.default_model.is_none());
-        assert!(c.opencode_command.is_none() && !c.auth_off);
+        assert!(c.opencode_command.is_none() && c.backend_api_url.is_none() && !c.auth_off);
         assert_eq!((c.database_schema.as_str(), c.project_id.as_str()), ("opencode_sidecar", "default"));
         assert_eq!((c.log_level.as_str(), c.log_format), ("info", LogFormat::Json));
         assert_eq!((c.max_concurrent_tasks, c.max_queued_tasks, c.warm_pool_size), (5, 100, 0));
@@ -68,6 +68,20 @@ fn each_variable_is_read_and_checked() {
         ("LOG_FORMAT", "text", &["JSON", "xml"]),
         ("OPENCODE_SHARED_SECRET", "s3cret", &["two words", "line\n", "ä"]),
         ("AUTH", "off", &["on", "false", "OFF"]),
+        (
+            "BACKEND_API_URL",
+            "https://backend:8443/base/",
+            &[
+                "backend",
+                "backend:80",
+                "ftp://h",
+                "http://u@h",
+                "http://u:p@h",
+                "http://h?key=x",
+                "http://h#x",
+                "http://",
+            ],
+        ),
         ("MAX_CONCURRENT_TASKS", "7", &["0", "1001", "x"]),
         ("MAX_CONCURRENT_SESSIONS", "7", &["0", "x"]),
         ("MAX_QUEUED_TASKS", "0", &["-1", "1000001"]),

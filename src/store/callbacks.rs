@@ -2,9 +2,12 @@
 //!
 //! A change is written in the transaction of the status itself ([`super::Write`]), so none is lost and none is told
 //! that did not happen. Whoever tells it removes it after the backend has taken it.
+//!
+//! The outbox is one per project: two sidecars that share both project and schema would both tell what is in it.
 
+use super::row::ordinal_of;
 use super::{Store, StoreError};
-use crate::model::{ExecutionRecord, SessionId, SessionRecord, Status};
+use crate::model::{ExecutionRecord, SessionEventId, SessionId, SessionRecord, Status};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
@@ -58,11 +61,12 @@ impl News {
         self.push(&record.project_id, record.id, Status::Cancelled, None);
     }
 
-    pub(super) async fn write(self, connection: &mut PgConnection) -> Result<(), StoreError> {
+    /// Returns how many there are.
+    pub(super) async fn write(self, connection: &mut PgConnection) -> Result<u64, StoreError> {
         if self.sessions.is_empty() {
-            return Ok(());
+            return Ok(0);
         }
-        sqlx::query!(
+        let done = sqlx::query!(
             r#"INSERT INTO callbacks (project_id, session_id, status, error)
                SELECT project_id, session_id, status, error
                FROM UNNEST($1::text[], $2::uuid[], $3::text[], $4::text[]) WITH ORDINALITY
@@ -75,22 +79,29 @@ impl News {
         )
         .execute(connection)
         .await?;
-        Ok(())
+        Ok(done.rows_affected())
     }
 }
 
 impl Store {
-    /// The first change that waits of each session, the one that has waited longest first.
+    /// The first change that waits of each session but the `except`, the one that has waited longest first.
     ///
     /// # Errors
     /// [`StoreError`]
-    pub async fn callbacks(&self, project: &str, limit: u32) -> Result<Vec<Callback>, StoreError> {
+    pub async fn callbacks(
+        &self,
+        project: &str,
+        except: &[SessionId],
+        limit: u32,
+    ) -> Result<Vec<Callback>, StoreError> {
+        let except: Vec<Uuid> = except.iter().map(|session| session.0).collect();
         let query = sqlx::query!(
             r#"SELECT id, session_id, status, error
                FROM (SELECT DISTINCT ON (session_id) id, session_id, status, error
-                     FROM callbacks WHERE project_id = $1 ORDER BY session_id, id) AS first
-               ORDER BY id LIMIT $2"#,
+                     FROM callbacks WHERE project_id = $1 AND session_id <> ALL ($2) ORDER BY session_id, id) AS first
+               ORDER BY id LIMIT $3"#,
             project,
+            &except,
             i64::from(limit)
         );
         let rows = self.run(async |connection: &mut PgConnection| Ok(query.fetch_all(connection).await?)).await?;
@@ -126,5 +137,42 @@ impl Store {
         let query = sqlx::query!("DELETE FROM callbacks WHERE project_id = $1 AND session_id = $2", project, session.0);
         self.run(async |connection: &mut PgConnection| Ok(query.execute(connection).await?)).await?;
         Ok(())
+    }
+
+    /// How far the logs go of the sessions that have an unfinished execution of this owner, and of those that are named:
+    /// each at its first unfinished execution, or else at its latest. A session without any event has no place.
+    ///
+    /// # Errors
+    /// [`StoreError`]; `Corrupt` where a row cannot be read.
+    pub async fn places(
+        &self,
+        project: &str,
+        owner: Option<Uuid>,
+        named: &[SessionId],
+    ) -> Result<Vec<(SessionId, SessionEventId)>, StoreError> {
+        let named: Vec<Uuid> = named.iter().map(|session| session.0).collect();
+        let query = sqlx::query!(
+            r#"SELECT DISTINCT ON (session_id) session_id, ordinal AS "ordinal!", last_seq
+               FROM executions
+               WHERE project_id = $1 AND ordinal IS NOT NULL AND last_seq > 0
+                 AND session_id IN (SELECT session_id FROM executions WHERE owner = $2 AND completed_at IS NULL
+                                    UNION SELECT UNNEST($3::uuid[]))
+               ORDER BY session_id, completed_at IS NOT NULL,
+                        CASE WHEN completed_at IS NULL THEN ordinal ELSE -ordinal END"#,
+            project,
+            owner,
+            &named
+        );
+        let rows = self.run(async |connection: &mut PgConnection| Ok(query.fetch_all(connection).await?)).await?;
+        rows.into_iter()
+            .map(|row| {
+                let corrupt = |column: &str| {
+                    StoreError::Corrupt(format!("an execution of session {}, column {column}", row.session_id))
+                };
+                let ordinal = ordinal_of(row.ordinal).ok_or_else(|| corrupt("ordinal"))?;
+                let seq = u64::try_from(row.last_seq).map_err(|_| corrupt("last_seq"))?;
+                Ok((SessionId(row.session_id), SessionEventId { ordinal, seq }))
+            })
+            .collect()
     }
 }

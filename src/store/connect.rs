@@ -9,6 +9,7 @@ use std::fmt;
 use std::ops::DerefMut;
 use std::str::FromStr;
 use std::time::Duration;
+use tokio::sync::watch;
 
 /// How long an operation waits for a connection, one being made included.
 const ACQUIRE_LIMIT: Duration = Duration::from_secs(3);
@@ -62,6 +63,8 @@ pub struct Store {
     pub(super) schema: String,
     /// Whether changes of status are kept for the backend.
     pub(super) callbacks: bool,
+    /// Counts up with each of them that is committed here.
+    pub(super) callbacks_written: watch::Sender<u64>,
 }
 
 impl fmt::Debug for Store {
@@ -91,7 +94,7 @@ impl Store {
                 Box::pin(async move { prepare(connection, &search_path, STATEMENT_LIMIT).await })
             })
             .connect_lazy_with(connect.clone());
-        Ok(Self { pool, options: connect, schema, callbacks: false })
+        Ok(Self { pool, options: connect, schema, callbacks: false, callbacks_written: watch::Sender::new(0) })
     }
 
     /// Keeps each change of status of a caller's session for the backend, until [`Store::callback_taken`]. Off at first:
@@ -100,6 +103,12 @@ impl Store {
     pub fn with_callbacks(mut self) -> Self {
         self.callbacks = true;
         self
+    }
+
+    /// Grows when a change for the backend is committed through this store or a clone of it. A commit whose outcome was
+    /// lost may not show here.
+    pub fn callbacks_written(&self) -> watch::Receiver<u64> {
+        self.callbacks_written.subscribe()
     }
 
     /// Whether the database answers.

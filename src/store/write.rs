@@ -83,10 +83,9 @@ impl<'a> Plan<'a> {
         Ok(plans)
     }
 
-    /// The statuses that follow `found` in the chain.
-    fn after(&self, found: Status) -> &[Status] {
-        let at = self.chain.iter().position(|status| *status == found);
-        at.map_or(&[], |at| &self.chain[at + 1..])
+    /// How many of the batch's changes lead to `found`: they were committed before.
+    fn place(&self, found: Status) -> usize {
+        self.chain.iter().position(|status| *status == found).unwrap_or(self.chain.len())
     }
 
     /// What to do where the row shows `found`. Any status of the chain is taken: the batch, or its first part, may
@@ -115,35 +114,27 @@ impl Store {
             return Ok(());
         }
         let plans = Plan::of(writes)?;
-        self.run(async |connection: &mut PgConnection| {
+        let work = self.run(async |connection: &mut PgConnection| {
             let mut transaction = connection.begin().await?;
-            let mut tell = callbacks::News::default();
+            let mut news = Vec::new();
             for write in writes {
-                match write {
+                news.push(match write {
+                    // The first one is no change of the session's status: whoever made it knows.
                     Write::Submit(record) => {
-                        // The first one is no change of the session's status: whoever made it knows.
-                        if insert(&mut transaction, record).await? && record.ordinal.is_some_and(|o| o.get() > 1) {
-                            tell.change(record, record.status);
-                        }
+                        insert(&mut transaction, record).await? && record.ordinal.is_some_and(|o| o.get() > 1)
                     }
-                    Write::Session(record) => {
-                        if sessions::put(&mut transaction, record).await? {
-                            tell.ended(record);
-                        }
-                    }
-                    Write::Event { .. } | Write::Change { .. } | Write::Progress(_) => {}
-                }
+                    Write::Session(record) => sessions::put(&mut transaction, record).await?,
+                    Write::Event { .. } | Write::Change { .. } | Write::Progress(_) => false,
+                });
             }
             let rows = lock(&mut transaction, plans.keys().copied().collect()).await?;
             insert_events(&mut transaction, writes, &rows).await?;
-            let mut raises = Vec::new();
+            let (mut raises, mut replaced) = (Vec::new(), BTreeMap::new());
             for (id, found) in rows {
                 let Some(plan) = plans.get(&id) else { continue };
                 match (plan.action(id, found)?, plan.record) {
                     (Action::Replace(expected), Some(record)) => {
-                        for status in plan.after(expected) {
-                            tell.change(record, *status);
-                        }
+                        replaced.insert(id, plan.place(expected));
                         replace(&mut transaction, expected, record, plan.last_seq).await?;
                     }
                     (Action::Progress, Some(record)) => progress(&mut transaction, record, plan.last_seq).await?,
@@ -151,13 +142,15 @@ impl Store {
                 }
             }
             raise(&mut transaction, raises).await?;
-            if self.callbacks {
-                tell.write(&mut transaction).await?;
-            }
+            let told = if self.callbacks { tell(writes, &news, replaced).write(&mut transaction).await? } else { 0 };
             transaction.commit().await?;
-            Ok(())
-        })
-        .await
+            Ok(told)
+        });
+        let told = work.await?;
+        if told > 0 {
+            self.callbacks_written.send_modify(|written| *written += told);
+        }
+        Ok(())
     }
 
     /// Removes an execution of the project with its log. `false` where there was none. A submission of it that is
@@ -170,6 +163,26 @@ impl Store {
         let done = self.run(async |connection: &mut PgConnection| Ok(query.execute(connection).await?)).await?;
         Ok(done.rows_affected() > 0)
     }
+}
+
+/// What the backend is to be told, in the order of the batch: a session's next execution may be submitted in the one
+/// that ends its last. `news` says of each submission and session whether it is one; `replaced`, of each row that
+/// changes, how many of its changes are none.
+fn tell(writes: &[Write], news: &[bool], mut replaced: BTreeMap<Uuid, usize>) -> callbacks::News {
+    let mut tell = callbacks::News::default();
+    for (write, is_new) in writes.iter().zip(news) {
+        match write {
+            Write::Submit(record) if *is_new => tell.change(record, record.status),
+            Write::Session(record) if *is_new => tell.ended(record),
+            Write::Change { record, .. } => match replaced.get_mut(&record.id.0) {
+                Some(0) => tell.change(record, record.status),
+                Some(before) => *before -= 1,
+                None => {}
+            },
+            _ => {}
+        }
+    }
+    tell
 }
 
 fn json<T: serde::Serialize>(value: &T) -> Result<String, StoreError> {

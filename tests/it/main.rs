@@ -7,6 +7,7 @@ mod edge;
 mod embedded;
 mod events;
 mod golden;
+mod notify;
 mod run;
 mod sandbox;
 mod sessions;

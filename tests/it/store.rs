@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
+mod sessions;
+
 use crate::support::postgres::fresh_database;
 use chrono::{DateTime, TimeDelta, Utc};
 use opencode_sidecar::model::task::{Limits, ModelChoice, Provider};
@@ -16,9 +18,9 @@ use std::slice;
 use uuid::Uuid;
 
 const NASTY: &str = "NUL \0, ESC \u{1b}[31mred\u{1b}[0m, 🦀 e\u{301}, \\u0000, \"quote\", \u{2028}\u{fffd}\r\n\t";
-const PROJECT: &str = "project";
+pub(crate) const PROJECT: &str = "project";
 
-async fn migrated() -> (Store, DatabaseOptions) {
+pub(crate) async fn migrated() -> (Store, DatabaseOptions) {
     let options = fresh_database().await;
     let store = Store::connect(&options).await.unwrap();
     store.migrate().await.unwrap();
@@ -29,7 +31,7 @@ fn at(seconds: i64) -> DateTime<Utc> {
     DateTime::from_timestamp(1_800_000_000 + seconds, 123_456_000).unwrap()
 }
 
-fn pending() -> ExecutionRecord {
+pub(crate) fn pending() -> ExecutionRecord {
     ExecutionRecord {
         id: ExecutionId::new(),
         project_id: PROJECT.to_owned(),
@@ -74,12 +76,12 @@ fn pending() -> ExecutionRecord {
     }
 }
 
-fn running(record: &ExecutionRecord) -> ExecutionRecord {
+pub(crate) fn running(record: &ExecutionRecord) -> ExecutionRecord {
     ExecutionRecord { status: Status::Running, started_at: Some(at(1)), ..record.clone() }
 }
 
 /// Every field set.
-fn completed(record: &ExecutionRecord) -> ExecutionRecord {
+pub(crate) fn completed(record: &ExecutionRecord) -> ExecutionRecord {
     ExecutionRecord {
         status: Status::Completed,
         reason: Some(Reason::Finished),
@@ -107,19 +109,19 @@ fn completed(record: &ExecutionRecord) -> ExecutionRecord {
     }
 }
 
-fn submit(record: &ExecutionRecord) -> Write {
+pub(crate) fn submit(record: &ExecutionRecord) -> Write {
     Write::Submit(Box::new(record.clone()))
 }
 
-fn change(expected: Status, record: &ExecutionRecord) -> Write {
+pub(crate) fn change(expected: Status, record: &ExecutionRecord) -> Write {
     Write::Change { expected, record: Box::new(record.clone()) }
 }
 
-fn event(seq: u64, kind: EventType, severity: Severity) -> Event {
+pub(crate) fn event(seq: u64, kind: EventType, severity: Severity) -> Event {
     NewEvent::new(kind, json!(NASTY)).with("call_id", NASTY).severity(severity).seal(seq, at(2))
 }
 
-fn write(record: &ExecutionRecord, event: &Event) -> Write {
+pub(crate) fn write(record: &ExecutionRecord, event: &Event) -> Write {
     Write::Event { execution: record.id, event: event.clone() }
 }
 

@@ -35,6 +35,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     // Edges.
     ("api", &["model", "tasks", "telemetry", "store", "events", "executions"]),
     ("client", &["model", "sse"]),
+    ("notify", &["model", "tasks", "telemetry", "store"]),
     ("console", &[]),
     ("scripted", &["tasks"]),
     // Wiring.
@@ -55,6 +56,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "sessions",
             "executions",
             "api",
+            "notify",
         ],
     ),
     ("host", &["telemetry"]),
@@ -67,7 +69,7 @@ const LAYERS: &[(&str, &[&str])] = &[
 const ONLY_IN: &[(&str, &[&str])] = &[
     ("sqlx", &["store"]),
     ("axum", &["api", "broker", "scripted"]),
-    ("StatusCode", &["api", "broker", "scripted", "opencode/client.rs"]),
+    ("StatusCode", &["api", "broker", "scripted", "notify", "opencode/client.rs"]),
     ("unsafe", &["sandbox"]),
     ("unsafe_code", &["sandbox"]),
     ("process::Command", &["sandbox"]),

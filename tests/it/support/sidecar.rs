@@ -10,6 +10,7 @@ use opencode_sidecar::opencode::launch::find_command;
 use opencode_sidecar::sandbox::{Exit, Process, Sandbox, Signal, Spec};
 use opencode_sidecar::scripted::{Script, ScriptedModel};
 use opencode_sidecar::sse::Parser;
+use opencode_sidecar::store::DatabaseOptions;
 use opencode_sidecar::tasks::Tasks;
 use reqwest::{Method, Response};
 use secrecy::ExposeSecret;
@@ -62,6 +63,7 @@ pub(crate) struct World {
     pub(crate) state: TempDir,
     pub(crate) model: ScriptedModel,
     tasks: Tasks,
+    database: DatabaseOptions,
     env: BTreeMap<String, String>,
 }
 
@@ -91,7 +93,7 @@ impl World {
             (text("MAX_CONCURRENT_TASKS"), text("2")),
             (text("LOG_LEVEL"), std::env::var("TEST_LOG").unwrap_or_else(|_| text("info"))),
         ]);
-        Self { workspace, state, model, tasks, env }
+        Self { workspace, state, model, tasks, database, env }
     }
 
     /// Starts a sidecar here, with some variables changed (an empty value leaves one out).
@@ -123,6 +125,11 @@ impl World {
     /// Where processes can be started beside the sidecar.
     pub(crate) fn sandbox(&self) -> Sandbox {
         sandbox(&self.tasks)
+    }
+
+    /// The sidecars' database.
+    pub(crate) fn database(&self) -> DatabaseOptions {
+        self.database.clone()
     }
 
     pub(crate) fn file(&self, name: &str) -> PathBuf {
