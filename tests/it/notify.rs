@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
-mod backend;
+pub(crate) mod backend;
 
 use crate::store::{PROJECT, change, completed, event, migrated, pending, running, submit, write};
 use crate::support::sidecar::{PATIENCE, World, soon};

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 
 /// How a session's calls are answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Reply {
+pub(crate) enum Reply {
     Status(u16),
     /// 429 with so many seconds of `Retry-After`.
     Busy(u64),
@@ -35,22 +35,22 @@ pub(super) enum Reply {
 
 /// A call that was answered, or was taken up and hangs.
 #[derive(Clone, Debug)]
-pub(super) struct Call {
-    pub(super) method: String,
+pub(crate) struct Call {
+    pub(crate) method: String,
     /// Whole, with what stands before `/api`.
-    pub(super) path: String,
-    pub(super) authorization: Option<String>,
-    pub(super) body: Value,
+    pub(crate) path: String,
+    pub(crate) authorization: Option<String>,
+    pub(crate) body: Value,
     /// What it was answered; `Hang` while it is not, and for ever where it was given up.
-    pub(super) reply: Reply,
+    pub(crate) reply: Reply,
 }
 
 impl Call {
-    pub(super) fn is_for(&self, session: SessionId, what: &str) -> bool {
+    pub(crate) fn is_for(&self, session: SessionId, what: &str) -> bool {
         self.path.ends_with(&format!("/api/sessions/{session}/{what}"))
     }
 
-    pub(super) fn is_taken(&self) -> bool {
+    pub(crate) fn is_taken(&self) -> bool {
         matches!(self.reply, Reply::Status(200..=299))
     }
 }
@@ -63,8 +63,8 @@ struct Shared {
 }
 
 #[derive(Debug)]
-pub(super) struct Backend {
-    pub(super) address: SocketAddr,
+pub(crate) struct Backend {
+    pub(crate) address: SocketAddr,
     shared: Arc<Shared>,
     /// Those of this life; `None` while it is dead.
     tasks: Option<Tasks>,
@@ -82,20 +82,20 @@ fn bound(address: SocketAddr) -> TcpSocket {
 
 impl Backend {
     /// One that refuses every connection, until it is started.
-    pub(super) fn dead() -> Self {
+    pub(crate) fn dead() -> Self {
         let port = bound("127.0.0.1:0".parse().unwrap());
         let address = port.local_addr().unwrap();
         let shared = Arc::new(Shared { calls: watch::Sender::default(), replies: watch::Sender::default() });
         Self { address, shared, tasks: None, port }
     }
 
-    pub(super) fn alive() -> Self {
+    pub(crate) fn alive() -> Self {
         let mut backend = Self::dead();
         backend.start();
         backend
     }
 
-    pub(super) fn start(&mut self) {
+    pub(crate) fn start(&mut self) {
         let next = bound(self.address);
         let listener = std::mem::replace(&mut self.port, next).listen(64).unwrap();
         let tasks = Tasks::new();
@@ -104,46 +104,46 @@ impl Backend {
     }
 
     /// Every connection breaks, also in the middle of a call, and no other is taken.
-    pub(super) async fn die(&mut self) {
+    pub(crate) async fn die(&mut self) {
         self.tasks.take().unwrap().stop(PATIENCE).await.unwrap();
     }
 
-    pub(super) fn url(&self, path: &str) -> url::Url {
+    pub(crate) fn url(&self, path: &str) -> url::Url {
         format!("http://{}{path}", self.address).parse().unwrap()
     }
 
-    pub(super) fn reply(&self, session: SessionId, reply: Reply) {
+    pub(crate) fn reply(&self, session: SessionId, reply: Reply) {
         self.shared.replies.send_modify(|replies| {
             replies.insert(session.to_string(), reply);
         });
     }
 
-    pub(super) fn calls(&self) -> Vec<Call> {
+    pub(crate) fn calls(&self) -> Vec<Call> {
         self.shared.calls.borrow().clone()
     }
 
     /// Waits until the calls are as wanted.
-    pub(super) async fn until(&self, what: &str, wanted: impl Fn(&[Call]) -> bool) -> Vec<Call> {
+    pub(crate) async fn until(&self, what: &str, wanted: impl Fn(&[Call]) -> bool) -> Vec<Call> {
         let mut calls = self.shared.calls.subscribe();
         soon(what, calls.wait_for(|calls| wanted(calls))).await.unwrap().clone()
     }
 
     /// Waits until it has taken this many statuses of the session; gives them.
-    pub(super) async fn told(&self, session: SessionId, count: usize) -> Vec<String> {
+    pub(crate) async fn told(&self, session: SessionId, count: usize) -> Vec<String> {
         let calls =
             self.until(&format!("{count} statuses"), |calls| taken(calls, session, "status").len() >= count).await;
         taken(&calls, session, "status").iter().map(|body| body["status"].as_str().unwrap().to_owned()).collect()
     }
 
     /// Waits until so many calls with a status of the session were not taken.
-    pub(super) async fn failed(&self, session: SessionId, count: usize) {
+    pub(crate) async fn failed(&self, session: SessionId, count: usize) {
         let failed = |call: &&Call| call.is_for(session, "status") && !call.is_taken() && call.reply != Reply::Hang;
         self.until("a call that fails", |calls| calls.iter().filter(failed).count() >= count).await;
     }
 }
 
 /// The bodies of the session's calls that were taken.
-pub(super) fn taken(calls: &[Call], session: SessionId, what: &str) -> Vec<Value> {
+pub(crate) fn taken(calls: &[Call], session: SessionId, what: &str) -> Vec<Value> {
     calls.iter().filter(|call| call.is_for(session, what) && call.is_taken()).map(|call| call.body.clone()).collect()
 }
 

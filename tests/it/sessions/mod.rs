@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test's own helpers fail like the test")]
 
+mod callback;
 mod contract;
 mod life;
 mod shapes;
