@@ -76,7 +76,7 @@ async fn follow(api: SessionsApi, id: &str, parts: Parts, open: bool) -> Result<
         }
     };
     let state = find(&api, id).await?;
-    let had = state.latest.and_then(|view| view.record.ordinal).map_or(0, NonZeroU32::get);
+    let had = state.executions;
     // A place that this session has not come to yet is none of this log: everything from its start, then.
     let place = asked.filter(|place| place.ordinal.get() <= had + 1).unwrap_or(START);
     let headers = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
@@ -204,8 +204,8 @@ impl Reader {
                 return Ok(Some(execution));
             }
             let Some(mut changes) = changes else {
-                let latest = self.executions.session(self.id).await?.and_then(|state| state.latest);
-                if latest.and_then(|view| view.record.ordinal).is_none_or(|ordinal| ordinal < self.place.ordinal) {
+                let had = self.executions.session(self.id).await?.map_or(0, |state| state.executions);
+                if had < self.place.ordinal.get() {
                     return Ok(None);
                 }
                 // This one was deleted.
@@ -222,7 +222,7 @@ impl Reader {
 
     /// For a reader who has had everything of a session that has ended.
     async fn last_words(&self) -> Result<String, StoreError> {
-        let latest = self.executions.session(self.id).await?.and_then(|state| state.latest);
+        let latest = self.executions.session(self.id).await?.and_then(|state| state.current);
         let (place, reason) = match latest.map(|view| (view.record.ordinal, view.last_seq, view.record.reason)) {
             Some((Some(ordinal), seq, reason)) => (SessionEventId { ordinal, seq }, reason),
             _ => (START, None),

@@ -223,9 +223,9 @@ struct SessionDocument {
     session_id: SessionId,
     /// OpenCode's own id of the conversation.
     remote_session_id: String,
-    /// That of its latest execution; `pending` before the first one.
+    /// That of the execution in `execution_id`; `pending` before the first one.
     status: Status,
-    /// Of its latest execution, once that has ended.
+    /// Of that execution, once it has ended.
     reason: Option<Reason>,
     #[serde(serialize_with = "millis::serialize")]
     created_at: DateTime<Utc>,
@@ -233,7 +233,7 @@ struct SessionDocument {
     last_activity: DateTime<Utc>,
     progress: Option<u8>,
     current_tool: Option<String>,
-    /// The latest execution, for the task routes.
+    /// The first of its executions that goes on, else the latest one.
     execution_id: Option<ExecutionId>,
     /// How many it has had.
     executions: u32,
@@ -244,18 +244,18 @@ struct SessionDocument {
 
 impl SessionDocument {
     fn of(state: SessionState) -> Self {
-        let latest = state.latest.as_ref();
+        let current = state.current.as_ref();
         Self {
             session_id: state.record.id,
             remote_session_id: state.record.remote_id,
             status: state.status,
-            reason: latest.and_then(|view| view.record.reason),
+            reason: current.and_then(|view| view.record.reason),
             created_at: state.record.created_at,
             last_activity: state.last_activity,
-            progress: latest.and_then(|view| view.record.progress),
-            current_tool: latest.and_then(|view| view.current_tool.clone()),
-            execution_id: latest.map(|view| view.record.id),
-            executions: latest.and_then(|view| view.record.ordinal).map_or(0, std::num::NonZeroU32::get),
+            progress: current.and_then(|view| view.record.progress),
+            current_tool: current.and_then(|view| view.current_tool.clone()),
+            execution_id: current.map(|view| view.record.id),
+            executions: state.executions,
             ended_at: state.record.ended_at,
         }
     }
@@ -359,7 +359,7 @@ async fn end(api: &SessionsApi, id: &str) -> Result<Json<SessionStopped>, Proble
     if !state.status.is_final() {
         return Err(Problem::new(Code::Unavailable, "The session could not be ended in time. Try again."));
     }
-    let ended_at = state.latest.and_then(|view| view.record.completed_at).or(state.record.ended_at);
+    let ended_at = state.current.and_then(|view| view.record.completed_at).or(state.record.ended_at);
     let cancelled_at = ended_at.filter(|_| state.status == Status::Cancelled);
     Ok(Json(SessionStopped { session_id: id, status: state.status, cancelled_at }))
 }

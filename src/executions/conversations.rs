@@ -78,31 +78,34 @@ pub enum CreateError {
 #[derive(Clone, Debug)]
 pub struct SessionState {
     pub record: SessionRecord,
-    /// That of its latest execution.
+    /// That of `current`.
     pub status: Status,
-    pub latest: Option<View>,
+    /// The first of its executions that goes on, else the latest one.
+    pub current: Option<View>,
+    /// How many it has had.
+    pub executions: u32,
     pub last_activity: DateTime<Utc>,
 }
 
 impl SessionState {
-    fn new(record: SessionRecord, latest: Option<View>, last_at: Option<DateTime<Utc>>) -> Self {
-        let status = match &latest {
+    fn new(record: SessionRecord, current: Option<View>, executions: u32, last_at: Option<DateTime<Utc>>) -> Self {
+        let status = match &current {
             Some(view) => view.record.status,
             None => Kept::unused_status(record.ended_at.is_some()),
         };
         let last_activity =
-            last_at.or_else(|| latest.as_ref().and_then(|view| view.record.completed_at)).unwrap_or(record.created_at);
-        Self { record, status, latest, last_activity }
+            last_at.or_else(|| current.as_ref().and_then(|view| view.record.completed_at)).unwrap_or(record.created_at);
+        Self { record, status, current, executions, last_activity }
     }
 
     fn of_store(view: SessionView) -> Self {
-        let latest = view.latest.map(|record| View {
+        let current = view.current.map(|record| View {
             last_seq: record.last_seq,
             record: Arc::new(record),
             current_tool: None,
             queue_position: None,
         });
-        Self::new(view.record, latest, None)
+        Self::new(view.record, current, view.executions, None)
     }
 }
 
@@ -418,18 +421,19 @@ impl Executions {
             let view = self.shared.store.session(&self.shared.settings.project, id).await?;
             return Ok(view.map(SessionState::of_store));
         };
-        let (latest, last_at) = match kept.latest() {
+        let (current, last_at) = match kept.current() {
             None => (None, None),
-            Some((_, Some(record))) => {
+            Some(Err(record)) => {
                 let view = View { last_seq: record.last_seq, record, current_tool: None, queue_position: None };
                 (Some(view), None)
             }
-            Some((execution, None)) => {
+            Some(Ok(execution)) => {
                 let last_at = self.shared.events.head(execution).map(|head| head.borrow().last_at);
                 (self.view(execution).await?, last_at)
             }
         };
-        Ok(Some(SessionState::new(kept.to_store(), latest, last_at)))
+        let executions = kept.changes().borrow().executions;
+        Ok(Some(SessionState::new(kept.to_store(), current, executions, last_at)))
     }
 
     /// Sessions of the project, newest first.

@@ -44,9 +44,9 @@ pub(super) struct Kept {
 struct State {
     /// Its executions, in their order.
     executions: Vec<ExecutionId>,
-    /// Those of them that wait or run.
-    unfinished: usize,
-    /// The last one that has ended.
+    /// Those of them that wait or run, in their order.
+    unfinished: Vec<ExecutionId>,
+    /// The latest one of those that have ended.
     latest: Option<Arc<ExecutionRecord>>,
     ended_at: Option<DateTime<Utc>>,
     process: Process,
@@ -84,7 +84,7 @@ impl Kept {
             moving: tokio::sync::Mutex::default(),
             state: Mutex::new(State {
                 executions: Vec::new(),
-                unfinished: 0,
+                unfinished: Vec::new(),
                 latest: None,
                 ended_at: None,
                 process: Process::Resting { session: Box::new(session), since: Instant::now() },
@@ -116,7 +116,7 @@ impl Kept {
             return Err(HasEnded);
         }
         state.executions.push(id);
-        state.unfinished += 1;
+        state.unfinished.push(id);
         let ordinal = u32::try_from(state.executions.len()).ok().and_then(NonZeroU32::new).ok_or(HasEnded)?;
         self.changes.send_modify(|changes| changes.executions = ordinal.get());
         Ok(ordinal)
@@ -125,7 +125,7 @@ impl Kept {
     /// An execution of it has ended.
     pub(super) fn finished(&self, head: &Head) {
         let mut state = self.lock();
-        state.unfinished = state.unfinished.saturating_sub(1);
+        state.unfinished.retain(|id| *id != head.record.id);
         let later = state.latest.as_ref().is_none_or(|latest| latest.ordinal <= head.record.ordinal);
         if later {
             state.latest = Some(Arc::clone(&head.record));
@@ -137,11 +137,13 @@ impl Kept {
         self.lock().executions.clone()
     }
 
-    /// The last execution, where it is known without asking the database: its id, and how it ended if it has.
-    pub(super) fn latest(&self) -> Option<(ExecutionId, Option<Arc<ExecutionRecord>>)> {
+    /// The execution that its status is that of: the first that waits or runs, else (`Err`) the latest one as it ended.
+    pub(super) fn current(&self) -> Option<Result<ExecutionId, Arc<ExecutionRecord>>> {
         let state = self.lock();
-        let id = *state.executions.last()?;
-        Some((id, state.latest.clone().filter(|record| record.id == id)))
+        match state.unfinished.first() {
+            Some(id) => Some(Ok(*id)),
+            None => state.latest.clone().map(Err),
+        }
     }
 
     pub(super) fn ended_at(&self) -> Option<DateTime<Utc>> {
@@ -168,14 +170,14 @@ impl Kept {
     pub(super) fn resting_since(&self) -> Option<Instant> {
         let state = self.lock();
         match &state.process {
-            Process::Resting { since, .. } if state.unfinished == 0 => Some(*since),
+            Process::Resting { since, .. } if state.unfinished.is_empty() => Some(*since),
             _ => None,
         }
     }
 
     /// Whether no execution of it waits or runs.
     pub(super) fn is_unused(&self) -> bool {
-        self.lock().unfinished == 0
+        self.lock().unfinished.is_empty()
     }
 
     /// When it was used last.
@@ -232,7 +234,7 @@ impl Kept {
         let session = {
             let mut state = self.lock();
             match std::mem::replace(&mut state.process, Process::Away) {
-                Process::Resting { session, .. } if state.unfinished == 0 => session,
+                Process::Resting { session, .. } if state.unfinished.is_empty() => session,
                 other => {
                     state.process = other;
                     return;

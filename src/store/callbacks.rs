@@ -6,9 +6,10 @@
 //! The outbox is one per project: two sidecars that share both project and schema would both tell what is in it.
 
 use super::row::ordinal_of;
-use super::{Store, StoreError};
-use crate::model::{ExecutionRecord, SessionEventId, SessionId, SessionRecord, Status};
+use super::{Store, StoreError, Write};
+use crate::model::{ExecutionRecord, SessionEventId, SessionId, Status};
 use sqlx::PgConnection;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use uuid::Uuid;
 
 /// A change that waits to be told.
@@ -26,6 +27,8 @@ pub struct Callback {
 /// The changes of one batch.
 #[derive(Default)]
 pub(super) struct News {
+    /// Executions that wait or run, by session.
+    unfinished: HashMap<Uuid, HashSet<Uuid>>,
     projects: Vec<String>,
     sessions: Vec<Uuid>,
     statuses: Vec<&'static str>,
@@ -41,24 +44,79 @@ fn word(status: Status) -> &'static str {
 }
 
 impl News {
+    /// Reads how the sessions of a batch stand before it.
+    pub(super) async fn before(connection: &mut PgConnection, writes: &[Write]) -> Result<Self, StoreError> {
+        let record = |write: &Write| match write {
+            Write::Submit(record) | Write::Change { record, .. } => record.ordinal.map(|_| record.session_id.0),
+            Write::Session(_) | Write::Event { .. } | Write::Progress(_) => None,
+        };
+        let sessions: Vec<Uuid> = writes.iter().filter_map(record).collect();
+        let mut news = Self::default();
+        if sessions.is_empty() {
+            return Ok(news);
+        }
+        let query = sqlx::query!(
+            r#"SELECT session_id, id FROM executions
+               WHERE session_id = ANY($1) AND ordinal IS NOT NULL AND completed_at IS NULL"#,
+            &sessions
+        );
+        for row in query.fetch_all(connection).await? {
+            news.unfinished.entry(row.session_id).or_default().insert(row.id);
+        }
+        Ok(news)
+    }
+
+    /// The changes of the batch in its order: a session's next execution may be submitted in the one that ends its last.
+    /// `new` says of each submission and session whether it is one; `replaced`, of each row that changes, how many of
+    /// its changes are none.
+    pub(super) fn of(mut self, writes: &[Write], new: &[bool], mut replaced: BTreeMap<Uuid, usize>) -> Self {
+        for (write, is_new) in writes.iter().zip(new) {
+            match write {
+                Write::Submit(record) if *is_new => self.change(record),
+                Write::Session(record) if *is_new => {
+                    self.push(&record.project_id, record.id, Status::Cancelled, None);
+                }
+                Write::Change { record, .. } => match replaced.get_mut(&record.id.0) {
+                    Some(0) => self.change(record),
+                    Some(before) => *before -= 1,
+                    None => {}
+                },
+                _ => {}
+            }
+        }
+        self
+    }
+
+    /// An execution's status. One that has a session of its own has nobody to tell; the first `pending` of a session is
+    /// known to whoever made it. A prompt that waits behind another one, and the end of one that another waits behind,
+    /// are no change of the session's status: it goes on.
+    fn change(&mut self, record: &ExecutionRecord) {
+        let Some(ordinal) = record.ordinal else { return };
+        let unfinished = self.unfinished.entry(record.session_id.0).or_default();
+        let goes_on = unfinished.iter().any(|id| *id != record.id.0);
+        let news = match record.status {
+            Status::Pending => {
+                unfinished.insert(record.id.0);
+                !goes_on && ordinal.get() > 1
+            }
+            status if status.is_final() => {
+                unfinished.remove(&record.id.0);
+                !goes_on
+            }
+            _ => true,
+        };
+        if news {
+            let error = record.error.as_deref().filter(|_| record.status == Status::Failed);
+            let error = error.map(|error| super::row::text(error).into_owned());
+            self.push(&record.project_id, record.session_id, record.status, error);
+        }
+    }
+
     fn push(&mut self, project: &str, session: SessionId, status: Status, error: Option<String>) {
         self.projects.push(project.to_owned());
         self.sessions.push(session.0);
         self.statuses.push(word(status));
         self.errors.push(error);
-    }
-
-    /// An execution's status. One that has a session of its own has nobody to tell.
-    pub(super) fn change(&mut self, record: &ExecutionRecord, status: Status) {
-        if record.ordinal.is_some() {
-            let error = record.error.as_deref().filter(|_| status == Status::Failed);
-            self.push(&record.project_id, record.session_id, status, error.map(|e| super::row::text(e).into_owned()));
-        }
-    }
-
-    /// A session that has ended without any execution.
-    pub(super) fn ended(&mut self, record: &SessionRecord) {
-        self.push(&record.project_id, record.id, Status::Cancelled, None);
     }
 
     /// Returns how many there are.

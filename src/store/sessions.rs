@@ -9,12 +9,14 @@ use std::collections::HashMap;
 use std::num::NonZeroU32;
 use uuid::Uuid;
 
-/// A session with its latest execution.
+/// A session with the execution that its status is that of.
 #[derive(Clone, Debug)]
 pub struct SessionView {
     pub record: SessionRecord,
-    /// `None` where it has not had any.
-    pub latest: Option<ExecutionRecord>,
+    /// The first of its executions that goes on, else the latest one; `None` where it has not had any.
+    pub current: Option<ExecutionRecord>,
+    /// How many it has had.
+    pub executions: u32,
 }
 
 /// A place in the list of sessions: the last one of a page.
@@ -71,7 +73,7 @@ impl Store {
             id.0
         );
         let row = self.run(async |connection: &mut PgConnection| Ok(query.fetch_optional(connection).await?)).await?;
-        Ok(self.with_latest(project, row.into_iter().collect()).await?.pop())
+        Ok(self.with_current(project, row.into_iter().collect()).await?.pop())
     }
 
     /// A page of the project's sessions, newest first, those after `before`.
@@ -96,10 +98,10 @@ impl Store {
             i64::from(limit)
         );
         let rows = self.run(async |connection: &mut PgConnection| Ok(query.fetch_all(connection).await?)).await?;
-        self.with_latest(project, rows).await
+        self.with_current(project, rows).await
     }
 
-    async fn with_latest(&self, project: &str, rows: Vec<SessionRow>) -> Result<Vec<SessionView>, StoreError> {
+    async fn with_current(&self, project: &str, rows: Vec<SessionRow>) -> Result<Vec<SessionView>, StoreError> {
         let ids: Vec<Uuid> = rows.iter().map(|row| row.id).collect();
         if ids.is_empty() {
             return Ok(Vec::new());
@@ -112,16 +114,26 @@ impl Store {
                       usage::text AS "usage!", created_at, started_at, completed_at, paused_ms
                FROM executions
                WHERE project_id = $1 AND session_id = ANY($2) AND ordinal IS NOT NULL
-               ORDER BY session_id, ordinal DESC"#,
+               ORDER BY session_id, completed_at IS NULL DESC,
+                        CASE WHEN completed_at IS NULL THEN ordinal END, ordinal DESC"#,
             project,
             &ids
         );
-        let latest = self.run(async |connection: &mut PgConnection| Ok(query.fetch_all(connection).await?)).await?;
-        let mut latest: HashMap<Uuid, ExecutionRow> = latest.into_iter().map(|row| (row.session_id, row)).collect();
+        let current = self.run(async |connection: &mut PgConnection| Ok(query.fetch_all(connection).await?)).await?;
+        let mut current: HashMap<Uuid, ExecutionRow> = current.into_iter().map(|row| (row.session_id, row)).collect();
+        let query = sqlx::query!(
+            r#"SELECT session_id, max(ordinal) AS "ordinal!" FROM executions
+               WHERE project_id = $1 AND session_id = ANY($2) AND ordinal IS NOT NULL GROUP BY session_id"#,
+            project,
+            &ids
+        );
+        let counts = self.run(async |connection: &mut PgConnection| Ok(query.fetch_all(connection).await?)).await?;
+        let counts: HashMap<Uuid, i32> = counts.into_iter().map(|row| (row.session_id, row.ordinal)).collect();
         rows.into_iter()
             .map(|row| {
-                let latest = latest.remove(&row.id).map(ExecutionRecord::try_from).transpose()?;
-                Ok(SessionView { record: row.try_into()?, latest })
+                let current = current.remove(&row.id).map(ExecutionRecord::try_from).transpose()?;
+                let executions = counts.get(&row.id).and_then(|count| u32::try_from(*count).ok()).unwrap_or(0);
+                Ok(SessionView { record: row.try_into()?, current, executions })
             })
             .collect()
     }

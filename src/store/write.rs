@@ -116,13 +116,12 @@ impl Store {
         let plans = Plan::of(writes)?;
         let work = self.run(async |connection: &mut PgConnection| {
             let mut transaction = connection.begin().await?;
+            let tell =
+                if self.callbacks { Some(callbacks::News::before(&mut transaction, writes).await?) } else { None };
             let mut news = Vec::new();
             for write in writes {
                 news.push(match write {
-                    // The first one is no change of the session's status: whoever made it knows.
-                    Write::Submit(record) => {
-                        insert(&mut transaction, record).await? && record.ordinal.is_some_and(|o| o.get() > 1)
-                    }
+                    Write::Submit(record) => insert(&mut transaction, record).await?,
                     Write::Session(record) => sessions::put(&mut transaction, record).await?,
                     Write::Event { .. } | Write::Change { .. } | Write::Progress(_) => false,
                 });
@@ -142,7 +141,10 @@ impl Store {
                 }
             }
             raise(&mut transaction, raises).await?;
-            let told = if self.callbacks { tell(writes, &news, replaced).write(&mut transaction).await? } else { 0 };
+            let told = match tell {
+                Some(tell) => tell.of(writes, &news, replaced).write(&mut transaction).await?,
+                None => 0,
+            };
             transaction.commit().await?;
             Ok(told)
         });
@@ -163,26 +165,6 @@ impl Store {
         let done = self.run(async |connection: &mut PgConnection| Ok(query.execute(connection).await?)).await?;
         Ok(done.rows_affected() > 0)
     }
-}
-
-/// What the backend is to be told, in the order of the batch: a session's next execution may be submitted in the one
-/// that ends its last. `news` says of each submission and session whether it is one; `replaced`, of each row that
-/// changes, how many of its changes are none.
-fn tell(writes: &[Write], news: &[bool], mut replaced: BTreeMap<Uuid, usize>) -> callbacks::News {
-    let mut tell = callbacks::News::default();
-    for (write, is_new) in writes.iter().zip(news) {
-        match write {
-            Write::Submit(record) if *is_new => tell.change(record, record.status),
-            Write::Session(record) if *is_new => tell.ended(record),
-            Write::Change { record, .. } => match replaced.get_mut(&record.id.0) {
-                Some(0) => tell.change(record, record.status),
-                Some(before) => *before -= 1,
-                None => {}
-            },
-            _ => {}
-        }
-    }
-    tell
 }
 
 fn json<T: serde::Serialize>(value: &T) -> Result<String, StoreError> {

@@ -34,6 +34,9 @@ async fn each_status_is_told_in_order_through_two_restarts() {
     let (status, _) = sidecar.post("/sessions", json!({ "session_id": idle })).await;
     assert_eq!(status, 201);
     client.stream(&running, None).await.until("its output", |frame| frame.data["text"] == "on\n").await;
+    // One that waits behind it is no change: to the backend the session runs, until the last of them has ended.
+    client.message(&running, &Script::new().text("never")).await;
+    assert_eq!(client.status(&running).await["status"], "running");
     sidecar.signal(Signal::Term);
     assert_eq!(sidecar.exited().await.code, Some(0), "a backend that is away holds up no shutdown");
 

@@ -84,7 +84,7 @@ async fn a_session_reads_back_ends_once_and_is_not_opened_again() {
     assert!(store.session(PROJECT, one.id).await.unwrap().is_none());
     store.commit(&[put(&one)]).await.unwrap();
     let view = store.session(PROJECT, one.id).await.unwrap().unwrap();
-    assert_eq!((view.record, view.latest), (one.clone(), None));
+    assert_eq!((view.record, view.current), (one.clone(), None));
     assert!(store.session("another project", one.id).await.unwrap().is_none());
     assert_eq!(store.open_sessions(one.owner).await.unwrap(), slice(&one));
     assert_eq!(store.open_sessions(Uuid::now_v7()).await.unwrap(), []);
@@ -130,7 +130,7 @@ async fn sessions_page_newest_first_each_with_its_latest_execution() {
         let Some(last) = page.last() else { break };
         before = Some(SessionCursor { created_at: last.record.created_at, id: last.record.id });
         for view in page {
-            let latest = view.latest.unwrap();
+            let latest = view.current.unwrap();
             assert_eq!(
                 (latest.session_id, latest.ordinal, latest.status),
                 (view.record.id, Some(place(2)), Status::Running)
