@@ -1,6 +1,7 @@
 //! The one integration test binary.
 
 mod broker;
+mod confine;
 mod docs;
 mod edge;
 mod embedded;

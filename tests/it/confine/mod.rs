@@ -1,0 +1,3 @@
+//! Confinement with real processes and the real kernel.
+
+mod session;
