@@ -283,10 +283,7 @@ impl App {
             },
             sandbox.clone(),
             broker,
-            Ports::new(
-                config.session_port_range.clone(),
-                config.max_concurrent_tasks + config.warm_pool_size,
-            ),
+            Ports::new(config.session_port_range.clone(), config.max_concurrent_tasks + config.warm_pool_size),
             tasks.clone(),
             metrics.clone(),
             warm_for,

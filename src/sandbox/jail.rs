@@ -171,7 +171,10 @@ fn execute(policy: &Policy) -> Result<(Pid, Option<Confined>, Option<Gate>), Fai
         // It never got as far: what the standard library says is why.
         Some(None) | None => None,
     };
-    let failed = |error: io::Error| Failed { step: "exec".into(), error: format!("cannot execute {}: {error}", program.display()) };
+    let failed = |error: io::Error| Failed {
+        step: "exec".into(),
+        error: format!("cannot execute {}: {error}", program.display()),
+    };
     let child = spawned.map_err(failed)?;
     let pid = i32::try_from(child.id()).map(Pid::from_raw).map_err(io::Error::other).map_err(failed)?;
     let (confined, listener) = told.unzip();

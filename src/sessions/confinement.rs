@@ -4,7 +4,7 @@ use crate::opencode::profile::Directories;
 use crate::sandbox::confine::{Confinement, Files, Network};
 use std::ffi::{OsStr, OsString};
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// The system's programs and libraries, and what they read about the machine.
@@ -26,16 +26,8 @@ const SYSTEM: &[&str] = &[
 ];
 
 /// Devices without a device behind them, and terminals of its own.
-const DEVICES: &[&str] = &[
-    "/dev/null",
-    "/dev/zero",
-    "/dev/full",
-    "/dev/random",
-    "/dev/urandom",
-    "/dev/tty",
-    "/dev/ptmx",
-    "/dev/pts",
-];
+const DEVICES: &[&str] =
+    &["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx", "/dev/pts"];
 
 /// Directories of people, whose programs and secrets are no session's business.
 const PRIVATE: &[&str] = &["/root", "/home"];
@@ -72,6 +64,8 @@ pub(super) fn confinement(
             write: vec![directories.root().to_path_buf(), workdir.to_path_buf()],
             devices: DEVICES.iter().map(PathBuf::from).collect(),
         },
+        // Where it is root without its powers, or another user than the workspace's, it is its group that counts.
+        groups: std::fs::metadata(workdir).map(|workdir| workdir.gid()).into_iter().collect(),
         network: Network { connect: vec![broker], ..Network::default() },
         ..Confinement::default()
     }

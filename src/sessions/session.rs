@@ -166,11 +166,8 @@ impl Session {
         );
         let confinement = settings.confined.then(|| {
             let path = env.iter().find(|(name, _)| name == "PATH").map(|(_, path)| path.as_os_str());
-            let programs = Programs {
-                opencode: &settings.command,
-                sidecar: &settings.executable,
-                path: path.unwrap_or_default(),
-            };
+            let programs =
+                Programs { opencode: &settings.command, sidecar: &settings.executable, path: path.unwrap_or_default() };
             confinement(programs, &directories, &wanted.workdir, shared.broker.address())
         });
         let to_launch = Launch {

@@ -225,7 +225,11 @@ impl Gate {
     fn reply(&self, id: u64, result: Result<()>) {
         let error = result.err().map_or(0, |errno| -errno.raw_os_error());
         // Without the flag to continue: the thread's own call is never made. It may have been killed by now.
-        let _ = ioctl(&self.listener, libc::SECCOMP_IOCTL_NOTIF_SEND, &mut seccomp_notif_resp { id, val: 0, error, flags: 0 });
+        let _ = ioctl(
+            &self.listener,
+            libc::SECCOMP_IOCTL_NOTIF_SEND,
+            &mut seccomp_notif_resp { id, val: 0, error, flags: 0 },
+        );
     }
 }
 

@@ -32,11 +32,20 @@ pub(super) fn shrink_bounding_set() -> Result<(), Failed> {
     set_capabilities_secure_bits(bits).map_err(|errno| Failed::new("securebits", errno))
 }
 
-/// Groups first, then the user, since only root may set the former.
-pub(super) fn become_user(uid: u32, gid: u32, groups: &[u32]) -> Result<(), Failed> {
-    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+/// Whether this process may choose its groups.
+pub(super) fn may_set_groups() -> bool {
+    capabilities(None).is_ok_and(|own| own.effective.contains(CapabilitySet::SETGID))
+}
+
+/// Makes these the only supplementary groups.
+pub(super) fn set_groups(groups: &[u32]) -> Result<(), Failed> {
     let groups: Vec<_> = groups.iter().copied().map(Gid::from_raw).collect();
-    setgroups(&groups).map_err(|errno| Failed::new("groups", errno))?;
+    setgroups(&groups).map_err(|errno| Failed::new("groups", errno))
+}
+
+/// The group first, since only root may change it.
+pub(super) fn become_user(uid: u32, gid: u32) -> Result<(), Failed> {
+    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
     setresgid(gid, gid, gid).map_err(|errno| Failed::new("gid", errno))?;
     setresuid(uid, uid, uid).map_err(|errno| Failed::new("uid", errno))?;
     let is = |uids: nix::unistd::ResUid, gids: nix::unistd::ResGid| {
@@ -55,11 +64,7 @@ pub(super) fn drop_capabilities() -> Result<(), Failed> {
     let none = CapabilitySet::empty();
     let sets = CapabilitySets { effective: none, permitted: none, inheritable: none };
     set_capabilities(None, sets).map_err(failed)?;
-    if capabilities(None).map_err(failed)? == sets {
-        Ok(())
-    } else {
-        Err(Failed::new("capabilities", "some are left"))
-    }
+    if capabilities(None).map_err(failed)? == sets { Ok(()) } else { Err(Failed::new("capabilities", "some are left")) }
 }
 
 pub(super) fn set_no_new_privs() -> Result<(), Failed> {

@@ -18,7 +18,7 @@ mod landlock;
 mod offers;
 mod seccomp;
 
-pub use calls::{Answer, Denied, denied};
+pub use calls::{Answer, Condition, Denied, Test, denied};
 pub use offers::{Offers, SUBCOMMAND as PROBE_SUBCOMMAND, probe};
 
 pub(super) use gate::Gate;
@@ -45,7 +45,7 @@ pub struct Confinement {
     pub files: Files,
     /// The network that it reaches.
     pub network: Network,
-    /// Its supplementary groups, where it runs as a user of its own; else they stay as they are.
+    /// Its supplementary groups. They stay as they are where the sidecar may not set them.
     pub groups: Vec<u32>,
     /// Limits of each of its processes.
     pub limits: Limits,
@@ -264,8 +264,11 @@ impl Prepared {
         limit(Resource::RLIMIT_NOFILE, "rlimit_nofile", self.limits.open_files)?;
         limit(Resource::RLIMIT_FSIZE, "rlimit_fsize", self.limits.file_size)?;
         identity::shrink_bounding_set()?;
+        if self.user.is_some() || identity::may_set_groups() {
+            identity::set_groups(&self.groups)?;
+        }
         if let Some((uid, gid)) = self.user {
-            identity::become_user(uid, gid, &self.groups)?;
+            identity::become_user(uid, gid)?;
             on(&[Protection::Uid]);
         }
         identity::drop_capabilities()?;

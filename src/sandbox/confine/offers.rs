@@ -66,9 +66,8 @@ pub(in crate::sandbox) async fn ask(sandbox: &Sandbox) -> Result<Offers, RunErro
 
 /// Looks, and prints what it found. Call it first in `main`, before any thread exists.
 pub fn probe() -> ExitCode {
-    let namespace = |flags: CloneFlags| {
-        works(|| unshare(flags)) || works(|| unshare(flags | CloneFlags::CLONE_NEWUSER))
-    };
+    let namespace =
+        |flags: CloneFlags| works(|| unshare(flags)) || works(|| unshare(flags | CloneFlags::CLONE_NEWUSER));
     let host = Host {
         switches_users: works(|| {
             setgroups(&[])?;

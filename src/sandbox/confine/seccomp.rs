@@ -88,8 +88,7 @@ fn install(program: &BpfProgram, flags: libc::c_ulong) -> Result<OwnedFd, Errno>
     let fprog = Fprog { len, filter: program.as_ptr() };
     // SAFETY: `fprog` is laid out as the kernel's sock_fprog and names `len` instructions of `program`, which outlives
     // the call; the kernel copies them.
-    let result =
-        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const fprog) };
+    let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const fprog) };
     let fd = Errno::result(result)?;
     let fd = RawFd::try_from(fd).map_err(|_| Errno::EBADF)?;
     // SAFETY: with this flag the call returns a new descriptor, which nobody else has.
