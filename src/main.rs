@@ -12,6 +12,9 @@ fn main() -> ExitCode {
     if subcommand.as_deref().is_some_and(|name| name == sandbox::jail::SUBCOMMAND) {
         return sandbox::jail::run();
     }
+    if subcommand.as_deref().is_some_and(|name| name == sandbox::confine::PROBE_SUBCOMMAND) {
+        return sandbox::confine::probe();
+    }
     if subcommand.as_deref().is_some_and(|name| name == sandbox::tap::DRAIN_SUBCOMMAND) {
         return sandbox::tap::drain();
     }

@@ -57,10 +57,11 @@ impl Direct {
             directories,
             workdir: workspace.clone(),
             env,
+            confinement: None,
             deadline: patience,
             stop: CancellationToken::new(),
         };
-        let server = launch(&world.sandbox, &world.tasks, &Ports::new(21_000..=21_020), &to_launch).await.unwrap();
+        let server = launch(&world.sandbox, &world.tasks, &Ports::new(21_000..=21_020, 1), &to_launch).await.unwrap();
         let client =
             Client::new(server.port.number(), SecretString::from("none"), &workspace.to_string_lossy()).unwrap();
         let direct = Self { server, client };

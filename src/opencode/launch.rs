@@ -4,6 +4,7 @@
 //! Both of its pipes are read for as long as it lives.
 
 use super::profile::Directories;
+use crate::sandbox::confine::Confinement;
 use crate::sandbox::{Process, Sandbox, Signal, Spec, StartError};
 use crate::tasks::Tasks;
 use std::collections::VecDeque;
@@ -20,6 +21,8 @@ use tokio_util::sync::CancellationToken;
 const PORT_ATTEMPTS: usize = 3;
 /// How many of the process's last lines are kept for an error's sake.
 const KEPT_LINES: usize = 20;
+/// The most ports that a session gets for servers that the agent starts.
+const LOCAL_PORTS: usize = 4;
 
 /// Why OpenCode did not start.
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +44,10 @@ pub enum LaunchError {
 /// The ports that sessions listen on. A port is given to one session at a time, and the one that was given back
 /// last comes last.
 #[derive(Clone, Debug)]
-pub struct Ports(Arc<Mutex<PortTable>>);
+pub struct Ports {
+    table: Arc<Mutex<PortTable>>,
+    local: usize,
+}
 
 #[derive(Debug)]
 struct PortTable {
@@ -56,16 +62,18 @@ pub struct Port {
 }
 
 impl Ports {
-    /// All ports of the range.
-    pub fn new(range: RangeInclusive<u16>) -> Self {
-        Self(Arc::new(Mutex::new(PortTable { free: range.collect() })))
+    /// All ports of the range, for so many sessions. What is beyond twice their number, and so more than sessions ever
+    /// listen on, is for the servers that agents start.
+    pub fn new(range: RangeInclusive<u16>, sessions: usize) -> Self {
+        let local = (range.len() / sessions.max(1)).saturating_sub(2).min(LOCAL_PORTS);
+        Self { table: Arc::new(Mutex::new(PortTable { free: range.collect() })), local }
     }
 
     /// A free port; `None` where all are given out.
     pub fn take(&self) -> Option<Port> {
-        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let number = table.free.pop_front()?;
-        Some(Port { number, table: Arc::clone(&self.0) })
+        Some(Port { number, table: Arc::clone(&self.table) })
     }
 }
 
@@ -88,6 +96,8 @@ impl Drop for Port {
 pub struct Server {
     pub process: Process,
     pub port: Port,
+    /// Those of the servers that the agent starts.
+    _local: Vec<Port>,
     lines: Lines,
 }
 
@@ -105,6 +115,8 @@ pub struct Launch {
     pub directories: Directories,
     pub workdir: PathBuf,
     pub env: Vec<(OsString, OsString)>,
+    /// What it is confined to, but for its ports; not at all without it.
+    pub confinement: Option<Confinement>,
     /// From the start to the line that says it listens.
     pub deadline: Duration,
     /// Calls the start off.
@@ -131,6 +143,13 @@ pub async fn launch(sandbox: &Sandbox, tasks: &Tasks, ports: &Ports, launch: &La
 
 async fn launch_once(sandbox: &Sandbox, tasks: &Tasks, ports: &Ports, launch: &Launch) -> Result<Server, LaunchError> {
     let port = ports.take().ok_or(LaunchError::NoPort)?;
+    let mut confinement = launch.confinement.clone();
+    let mut local = Vec::new();
+    if let Some(confinement) = &mut confinement {
+        local.extend(std::iter::from_fn(|| ports.take()).take(ports.local));
+        confinement.network.serve.push(port.number);
+        confinement.network.local.extend(local.iter().map(Port::number));
+    }
     let args = ["serve", "--port", &port.number.to_string(), "--hostname", "127.0.0.1", "--print-logs"];
     let mut process = sandbox
         .start(Spec {
@@ -146,6 +165,7 @@ async fn launch_once(sandbox: &Sandbox, tasks: &Tasks, ports: &Ports, launch: &L
             oom_score_adj: Some(1000),
             // The workspace is shared by its group (see `workspace`); what is the session's own has modes of its own.
             umask: Some(0o002),
+            confinement,
         })
         .await?;
     let lines = Lines::default();
@@ -171,7 +191,7 @@ async fn launch_once(sandbox: &Sandbox, tasks: &Tasks, ports: &Ports, launch: &L
         }
     };
     let error = match tokio::time::timeout(launch.deadline, wait).await {
-        Ok(Ok(Some(said))) if said == port.number => return Ok(Server { process, port, lines }),
+        Ok(Ok(Some(said))) if said == port.number => return Ok(Server { process, port, _local: local, lines }),
         Ok(Ok(said)) => LaunchError::Ended {
             how: format!("it listens on port {} and not on {}", said.unwrap_or(0), port.number),
             lines: lines.text(),
@@ -281,7 +301,7 @@ mod tests {
 
     #[test]
     fn a_port_is_given_once_and_comes_back_last() {
-        let ports = Ports::new(7..=9);
+        let ports = Ports::new(7..=9, 3);
         let (a, b, c) = (ports.take().unwrap(), ports.take().unwrap(), ports.take().unwrap());
         assert_eq!([a.number(), b.number(), c.number()], [7, 8, 9]);
         assert!(ports.take().is_none());

@@ -6,6 +6,7 @@
 //! it is told to kill, and when the sidecar is gone, it kills what is left until the kernel says that it has no
 //! child. As a subreaper it inherits every orphan below it, so no child means no descendant: that is the proof.
 
+use super::confine::{self, Confined, Gate};
 use super::protocol::{self, Command, Policy, Report};
 use super::{Exit, Signal, tree};
 use nix::libc;
@@ -42,15 +43,18 @@ pub fn run() -> ExitCode {
         }
     };
     match start(&policy) {
-        Ok((main, children)) => {
+        Ok(Started { main, children, confined, gate }) => {
+            if let Some(confined) = confined {
+                control.report(&Report::Confined(confined));
+            }
             control.report(&Report::Started { pid: main.as_raw().unsigned_abs() });
-            let mut jail = Jail { main, exit: None, control, children };
+            let mut jail = Jail { main, exit: None, control, children, gate };
             jail.supervise(&policy);
             jail.end_everything();
             ExitCode::SUCCESS
         }
         Err(failed) => {
-            control.report(&Report::Failed { step: failed.step.into(), error: failed.error });
+            control.report(&Report::Failed { step: failed.step, error: failed.error });
             ExitCode::FAILURE
         }
     }
@@ -58,17 +62,33 @@ pub fn run() -> ExitCode {
 
 /// A step that could not be done. Nothing is started then.
 struct Failed {
-    step: &'static str,
+    step: String,
     error: String,
 }
 
+impl From<confine::Failed> for Failed {
+    fn from(confine::Failed { step, error }: confine::Failed) -> Self {
+        Self { step, error }
+    }
+}
+
+/// What there is once the program runs.
+struct Started {
+    main: Pid,
+    children: SignalFd,
+    confined: Option<Confined>,
+    gate: Option<Gate>,
+}
+
 fn step<T, E: Display>(step: &'static str, result: Result<T, E>) -> Result<T, Failed> {
-    result.map_err(|error| Failed { step, error: error.to_string() })
+    result.map_err(|error| Failed { step: step.into(), error: error.to_string() })
 }
 
 /// Every step from a bare process to a running program, in order. Each is required: one that fails ends the start
 /// under its name.
-fn start(policy: &Policy) -> Result<(Pid, SignalFd), Failed> {
+fn start(policy: &Policy) -> Result<Started, Failed> {
+    // Whatever leaked into this process by inheritance. All that is opened from here on is closed at exec.
+    step("descriptors", close_inherited())?;
     // A session of its own: no terminal's Ctrl-C or hang-up reaches it, and what it leaves behind can be told from
     // the sidecar's own children (see `orphans`).
     step("session", unistd::setsid())?;
@@ -91,13 +111,13 @@ fn start(policy: &Policy) -> Result<(Pid, SignalFd), Failed> {
     }
     let cwd = policy.cwd();
     if !cwd.is_dir() {
-        return Err(Failed { step: "cwd", error: format!("{} is not a directory", cwd.display()) });
+        return Err(Failed { step: "cwd".into(), error: format!("{} is not a directory", cwd.display()) });
     }
     let mut child_ended = SigSet::empty();
     child_ended.add(signal::SIGCHLD);
     let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
     let children = step("signalfd", SignalFd::with_flags(&child_ended, flags))?;
-    let main = execute(policy)?;
+    let (main, confined, gate) = execute(policy)?;
 
     // From here on something runs, so nothing may end the jail. What follows is either certain or can be spared.
     if let Some(score) = own_score {
@@ -117,25 +137,61 @@ fn start(policy: &Policy) -> Result<(Pid, SignalFd), Failed> {
         mask.add(blocked);
     }
     let _ = mask.thread_block();
-    Ok((main, children))
+    Ok(Started { main, children, confined, gate })
 }
 
 #[expect(clippy::disallowed_methods, reason = "the one place that starts processes")]
-fn execute(policy: &Policy) -> Result<Pid, Failed> {
+#[expect(unsafe_code, reason = "the child confines itself between fork and exec")]
+fn execute(policy: &Policy) -> Result<(Pid, Option<Confined>, Option<Gate>), Failed> {
     let program = policy.program();
     let mut command = std::process::Command::new(&program);
     command.args(policy.args()).env_clear().envs(policy.env()).current_dir(policy.cwd());
     command.stdin(Stdio::null()).stdout(Stdio::inherit()).stderr(Stdio::inherit()).process_group(0);
-    if let Some((uid, gid)) = policy.uid_gid {
-        // The standard library drops the supplementary groups with it.
-        command.uid(uid).gid(gid);
+    let mut outcome = None;
+    match &policy.confinement {
+        Some(confinement) => {
+            let (mut prepared, told) = confine::prepare(confinement, policy.uid_gid)?;
+            outcome = Some(told);
+            // SAFETY: this process has one thread, and nothing in it holds a lock while it forks, so that the child may
+            // do whatever its parent may, and allocate.
+            unsafe { command.pre_exec(move || prepared.apply()) };
+        }
+        None => {
+            if let Some((uid, gid)) = policy.uid_gid {
+                // The standard library drops the supplementary groups with it.
+                command.uid(uid).gid(gid);
+            }
+        }
     }
-    let child = command
-        .spawn()
-        .map_err(|error| Failed { step: "exec", error: format!("cannot execute {}: {error}", program.display()) })?;
-    i32::try_from(child.id())
-        .map(Pid::from_raw)
-        .map_err(|_| Failed { step: "exec", error: "the kernel gave an id beyond its own range".into() })
+    let spawned = command.spawn();
+    // With it the child's end of the socket goes, so that what it has told ends somewhere.
+    drop(command);
+    let told = match outcome.map(confine::Outcome::read) {
+        Some(Some(told)) => Some(told?),
+        // It never got as far: what the standard library says is why.
+        Some(None) | None => None,
+    };
+    let failed = |error: io::Error| Failed {
+        step: "exec".into(),
+        error: format!("cannot execute {}: {error}", program.display()),
+    };
+    let child = spawned.map_err(failed)?;
+    let pid = i32::try_from(child.id()).map(Pid::from_raw).map_err(io::Error::other).map_err(failed)?;
+    let (confined, listener) = told.unzip();
+    let gate = listener.flatten().zip(policy.confinement.as_ref()).map(|(listener, confinement)| {
+        let user = policy.uid_gid.filter(|(uid, _)| *uid != unistd::getuid().as_raw());
+        Gate::new(listener, confinement.network.clone(), user)
+    });
+    Ok((pid, confined, gate))
+}
+
+/// Closes every descriptor but the standard three.
+fn close_inherited() -> io::Result<()> {
+    use nix::errno::Errno;
+    #[expect(unsafe_code, reason = "closes what nobody here has opened")]
+    // SAFETY: it is the first thing this process does, so no value of it owns any of these descriptors.
+    let closed = Errno::result(unsafe { libc::close_range(3, libc::c_uint::MAX, 0) });
+    closed.map(drop).map_err(io::Error::from)
 }
 
 fn below_this_process() -> impl Fn(&tree::Stat) -> bool {
@@ -177,6 +233,7 @@ struct Jail {
     exit: Option<Exit>,
     control: Control,
     children: SignalFd,
+    gate: Option<Gate>,
 }
 
 impl Jail {
@@ -189,6 +246,9 @@ impl Jail {
                 return;
             }
             self.wait(left, true);
+            if let Some(gate) = &mut self.gate {
+                gate.advance();
+            }
             for command in self.control.commands() {
                 match command {
                     Command::Signal(signal) => self.signal(signal),
@@ -204,6 +264,8 @@ impl Jail {
 
     /// Kills all that is left, and reports when the kernel says that nothing is.
     fn end_everything(&mut self) {
+        // Whoever waits for it is about to be killed.
+        self.gate = None;
         let mut before = BTreeSet::new();
         while self.reap_all() {
             let killed = tree::kill_all(below_this_process());
@@ -253,6 +315,7 @@ impl Jail {
         if commands && self.control.open {
             fds.push(PollFd::new(stdin.as_fd(), PollFlags::POLLIN));
         }
+        fds.extend(self.gate.iter().flat_map(Gate::poll_fds));
         let limit = match limit {
             None => PollTimeout::NONE,
             Some(limit) => {

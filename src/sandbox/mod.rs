@@ -3,6 +3,7 @@
 //! - `Sandbox` starts a program in a jail of its own: this same binary again, which stays as the subreaper of the
 //!   program (`jail`, with what the two say to each other in `protocol`).
 //! - `process`: a program that was started, and the proof that nothing of it is left.
+//! - `confine`: what a program may not do.
 //! - `orphans`: what a jail leaves behind when it is killed itself.
 //! - `tree`: the process tree as `/proc` shows it.
 //! - `tap`: the shell that OpenCode is given, which runs the real one and sends a copy of its output to the sidecar
@@ -11,6 +12,7 @@
 //! Killing means that nothing is left, and that there is a proof: the jail, a subreaper, has no child any more. A
 //! process group or a pid alone is never taken for it. Nothing here knows OpenCode, Postgres or an execution.
 
+pub mod confine;
 pub mod frames;
 pub mod jail;
 mod orphans;
@@ -72,6 +74,14 @@ impl Sandbox {
         orphans::sweep()
     }
 
+    /// What of a confinement this host gives: tried, not guessed. Starts two short programs.
+    ///
+    /// # Errors
+    /// They cannot be started, or do not end.
+    pub async fn offers(&self) -> Result<confine::Offers, RunError> {
+        confine::ask_offers(self).await
+    }
+
     /// How many of the programs started here are not yet proven to have left nothing.
     pub fn live(&self) -> usize {
         self.live.load(Ordering::Acquire)
@@ -123,7 +133,8 @@ pub struct Spec {
     pub env: Vec<(OsString, OsString)>,
     /// Its working directory, an absolute path that exists.
     pub cwd: PathBuf,
-    /// The user that it runs as; without one, the sidecar's own. Needs root. Supplementary groups are dropped.
+    /// The user that it runs as; without one, the sidecar's own. Needs root. Supplementary groups are dropped, but
+    /// for those of `confinement`.
     pub user: Option<User>,
     /// What the jail sends it if the sidecar dies.
     pub stop_signal: Signal,
@@ -133,6 +144,8 @@ pub struct Spec {
     pub oom_score_adj: Option<i32>,
     /// The permissions that files it makes lack, such as `0o022`; without one, the sidecar's own.
     pub umask: Option<u32>,
+    /// What it is confined to; without it, it may do whatever its user may.
+    pub confinement: Option<confine::Confinement>,
 }
 
 impl Spec {
@@ -149,6 +162,7 @@ impl Spec {
             stop_grace: Duration::ZERO,
             oom_score_adj: None,
             umask: None,
+            confinement: None,
         }
     }
 }
@@ -166,6 +180,7 @@ impl fmt::Debug for Spec {
             .field("stop_grace", &self.stop_grace)
             .field("oom_score_adj", &self.oom_score_adj)
             .field("umask", &self.umask)
+            .field("confinement", &self.confinement)
             .finish()
     }
 }

@@ -3,6 +3,7 @@
 //! One task per jail owns the jail's process and reads its reports; everybody else sees a watch channel. So no lock
 //! is held while something is waited for, and whoever stops waiting takes nothing with him.
 
+use super::confine::Confined;
 use super::protocol::{self, Command, Policy, Report};
 use super::{Exit, Gone, Sandbox, Signal, Spec, StartError, StillAlive, jail, orphans, tree};
 use std::future::pending;
@@ -48,6 +49,7 @@ struct Shared {
 /// Levels, each set once and for all.
 #[derive(Clone, Debug, Default)]
 struct State {
+    confined: Option<Confined>,
     started: Option<Result<u32, (String, String)>>,
     exit: Option<Exit>,
     gone: Option<Gone>,
@@ -98,6 +100,11 @@ impl Process {
     /// The id of the program, not of its jail.
     pub fn pid(&self) -> u32 {
         self.handle.pid()
+    }
+
+    /// What is in force for it, as its jail has seen it done; `None` for one that is not confined.
+    pub fn confined(&self) -> Option<Confined> {
+        self.handle.state.borrow().confined.clone()
     }
 
     /// Its standard output, once. Somebody has to read it.
@@ -243,6 +250,7 @@ impl Supervisor {
         let mut nothing_started = false;
         while let Ok(Some(line)) = lines.next_line().await {
             match serde_json::from_str(&line) {
+                Ok(Report::Confined(confined)) => self.set(|state| state.confined = Some(confined)),
                 Ok(Report::Started { pid }) => self.set(|state| state.started = Some(Ok(pid))),
                 Ok(Report::Failed { step, error }) => {
                     nothing_started = true;

@@ -1,5 +1,6 @@
 //! What the sidecar and a jail say to each other over their socket: one JSON value per line.
 
+use super::confine::{Confined, Confinement};
 use super::{Exit, Signal, Spec};
 use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
@@ -18,6 +19,7 @@ pub(super) struct Policy {
     pub(super) stop_grace_ms: u64,
     pub(super) oom_score_adj: Option<i32>,
     pub(super) umask: Option<u32>,
+    pub(super) confinement: Option<Confinement>,
 }
 
 impl Policy {
@@ -32,6 +34,7 @@ impl Policy {
             stop_grace_ms: u64::try_from(spec.stop_grace.as_millis()).unwrap_or(u64::MAX),
             oom_score_adj: spec.oom_score_adj,
             umask: spec.umask,
+            confinement: spec.confinement.clone(),
         }
     }
 
@@ -76,6 +79,21 @@ impl Text {
     }
 }
 
+/// Lists of paths as [`Text`].
+pub(super) mod paths {
+    use super::Text;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use std::path::PathBuf;
+
+    pub(in crate::sandbox) fn serialize<S: Serializer>(paths: &[PathBuf], to: S) -> Result<S::Ok, S::Error> {
+        paths.iter().map(|path| Text::of(path.as_os_str())).collect::<Vec<_>>().serialize(to)
+    }
+
+    pub(in crate::sandbox) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<PathBuf>, D::Error> {
+        Ok(Vec::<Text>::deserialize(from)?.iter().map(|text| text.to_os().into()).collect())
+    }
+}
+
 /// What the sidecar asks of a jail.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -90,6 +108,8 @@ pub(super) enum Command {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Report {
+    /// What is in force for the program that is about to be reported as started, if it is confined.
+    Confined(Confined),
     /// The program runs.
     Started { pid: u32 },
     /// A step failed; nothing runs.
@@ -126,9 +146,13 @@ mod tests {
         let odd = OsString::from_vec(vec![b'a', 0xff, b'b']);
         spec.args = vec![odd.clone(), "plain".into()];
         spec.env = vec![("NAME".into(), odd.clone())];
+        let mut confinement = Confinement::default();
+        confinement.files.write = vec![odd.clone().into(), "/plain".into()];
+        spec.confinement = Some(confinement);
         let read: Policy = serde_json::from_slice(&line(&Policy::of(&spec)).unwrap()).unwrap();
         assert_eq!(read.args().collect::<Vec<_>>(), spec.args);
         assert_eq!(read.env().collect::<Vec<_>>(), spec.env);
         assert_eq!(read.program(), spec.program);
+        assert_eq!(read.confinement, spec.confinement);
     }
 }

@@ -1,12 +1,14 @@
 //! Sessions: one OpenCode process each, from its start to the proof that nothing of it is left.
 //!
 //! - `session`: starting, priming and ending one.
+//! - `confinement`: what one is confined to.
 //! - `run`: one execution in it: what is awaited, the deadlines, how it ended.
 //! - `shell`: the output of its shell commands.
 //! - `pool`: sessions started ahead for tasks on the default model.
 //!
 //! A session knows nothing of queues, statuses or callers: that is `executions`.
 
+mod confinement;
 mod pool;
 mod run;
 mod session;
@@ -34,6 +36,8 @@ pub struct Settings {
     pub executable: PathBuf,
     /// Below it each session has its directory.
     pub directory: PathBuf,
+    /// Whether sessions are confined, as far as this host can do that.
+    pub confined: bool,
     /// Why no session may start (a required protection is missing), for people.
     pub refused: Option<String>,
     /// From exec to listening.

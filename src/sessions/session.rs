@@ -1,5 +1,6 @@
 //! One OpenCode process: started, primed, ended.
 
+use super::confinement::{Programs, confinement, search_path};
 use super::{InUse, Shared};
 use crate::broker::{Budget, Grant, Lease, Upstream};
 use crate::model::SessionId;
@@ -160,13 +161,23 @@ impl Session {
             password.expose_secret(),
             &lease.shell_url(),
             lease.token().expose_secret(),
-            |name| std::env::var_os(name),
+            |name| match name {
+                "PATH" if settings.confined => std::env::var_os(name).map(search_path),
+                _ => std::env::var_os(name),
+            },
         );
+        let confinement = settings.confined.then(|| {
+            let path = env.iter().find(|(name, _)| name == "PATH").map(|(_, path)| path.as_os_str());
+            let programs =
+                Programs { opencode: &settings.command, sidecar: &settings.executable, path: path.unwrap_or_default() };
+            confinement(programs, &directories, &wanted.workdir, shared.broker.address())
+        });
         let to_launch = Launch {
             command: settings.command.clone(),
             directories: directories.clone(),
             workdir: wanted.workdir.clone(),
             env,
+            confinement,
             deadline: settings.start_timeout.min(wanted.start_within),
             stop: wanted.stop.clone(),
         };

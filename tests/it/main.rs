@@ -2,6 +2,7 @@
 
 mod broker;
 mod cli;
+mod confine;
 mod docs;
 mod edge;
 mod embedded;

@@ -84,10 +84,11 @@ pub(super) async fn record(scenario: &Scenario) -> Vec<Recorded> {
         directories,
         workdir: workspace.clone(),
         env,
+        confinement: None,
         deadline: Duration::from_secs(60),
         stop: CancellationToken::new(),
     };
-    let server = launch(&sandbox, &tasks, &Ports::new(23_700..=23_720), &to_launch).await.unwrap();
+    let server = launch(&sandbox, &tasks, &Ports::new(23_700..=23_720, 1), &to_launch).await.unwrap();
     let client = Client::new(server.port.number(), SecretString::from(PASSWORD), &workspace.to_string_lossy()).unwrap();
     let recorded = tokio::time::timeout(RUN, follow(&client, scenario)).await;
     server.process.kill(Duration::from_secs(10)).await.unwrap();

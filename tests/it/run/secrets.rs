@@ -58,7 +58,13 @@ fn assert_absent(directory: &Path) -> usize {
 #[tokio::test]
 async fn the_key_is_nowhere_in_the_session() {
     let world = World::new().await;
-    let changes = [("ENCRYPTION_KEY", ENCRYPTION_KEY), ("OPENCODE_API_KEY", DEFAULT_KEY), ("LOG_LEVEL", "debug")];
+    // Not confined, so that it may ask OpenCode's own interface too.
+    let changes = [
+        ("SANDBOX", "off"),
+        ("ENCRYPTION_KEY", ENCRYPTION_KEY),
+        ("OPENCODE_API_KEY", DEFAULT_KEY),
+        ("LOG_LEVEL", "debug"),
+    ];
     let mut sidecar = world.start(&changes).await;
     let script = Script::new().bash(SEARCH).bash("echo searched; until [ -e gate ]; do sleep 0.02; done").text("done");
     let model_config = json!({ "provider": "custom", "model": "lamp", "api_key_encrypted": SEALED,

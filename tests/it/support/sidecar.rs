@@ -82,7 +82,7 @@ impl World {
             (text("STATE_DIR"), state.path().to_str().unwrap().to_owned()),
             (text("HOST"), text("127.0.0.1")),
             (text("PORT"), text("0")),
-            (text("SANDBOX"), text("off")),
+            (text("SANDBOX"), text("best-effort")),
             (text("OPENCODE_SHARED_SECRET"), uuid::Uuid::new_v4().to_string()),
             (text("OPENCODE_COMMAND"), opencode().to_str().unwrap().to_owned()),
             (text("OPENCODE_PROVIDER"), text("custom")),

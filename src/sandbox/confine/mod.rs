@@ -1,0 +1,343 @@
+//! Confinement: what one program, and all that it starts, may not do.
+//!
+//! One file per mechanism:
+//! - `identity`: its user and groups, without any capability.
+//! - `landlock`: which files it reaches, and what of the network and of other processes.
+//! - `seccomp`: which calls of the kernel it has (`calls` is the list, each with its reason).
+//! - `gate`: connects, binds and listens in its place, so that address and port are checked.
+//! - `offers`: what of it this host gives.
+//!
+//! The jail prepares everything, forks, and the child applies it to itself in one straight line before it becomes the
+//! program. The jail itself stays outside. What the kernel does not have is left out and reported by its name; what is
+//! required, and left out, ends the start under that name, and so does everything that should work and does not.
+
+mod calls;
+mod gate;
+mod identity;
+mod landlock;
+mod offers;
+mod seccomp;
+
+pub use calls::{Answer, Condition, Denied, Test, denied};
+pub use offers::{Offers, SUBCOMMAND as PROBE_SUBCOMMAND, probe};
+
+pub(super) use gate::Gate;
+pub(super) use offers::ask as ask_offers;
+
+use super::protocol::paths;
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
+};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::fmt;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+
+/// What a program is confined to. Whatever is not named here is out of its reach, as far as the kernel can do that:
+/// see [`Confined`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Confinement {
+    /// The files that it reaches.
+    pub files: Files,
+    /// The network that it reaches.
+    pub network: Network,
+    /// Its supplementary groups. They stay as they are where the sidecar may not set them.
+    pub groups: Vec<u32>,
+    /// Limits of each of its processes.
+    pub limits: Limits,
+    /// What has to be in force: the program is not started where one of these is not.
+    pub require: BTreeSet<Protection>,
+}
+
+/// Files and directories, as absolute paths. A directory stands for all that is beneath it. The permissions of the
+/// file system hold besides.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Files {
+    /// To read and to execute. What is not there is left out.
+    #[serde(with = "paths")]
+    pub execute: Vec<PathBuf>,
+    /// To read, execute, write, make and remove. Each has to be there.
+    #[serde(with = "paths")]
+    pub write: Vec<PathBuf>,
+    /// Devices, or directories of devices, to read, write and control. What is not there is left out.
+    #[serde(with = "paths")]
+    pub devices: Vec<PathBuf>,
+}
+
+/// TCP. There is no other network for a confined program.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Network {
+    /// Where it may connect to.
+    pub connect: Vec<SocketAddr>,
+    /// Ports that it may listen on, but never connect to: its own server, for the use of others.
+    pub serve: Vec<u16>,
+    /// Ports that it may listen on and connect to, at loopback addresses. One that asks for any free port gets one
+    /// of these.
+    pub local: Vec<u16>,
+}
+
+/// Limits of each process. What is absent stays as it is. No confined program writes core files.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Open files.
+    pub open_files: Option<u64>,
+    /// The largest file that it can write, in bytes.
+    pub file_size: Option<u64>,
+}
+
+/// A protection, by the name under which it is required and reported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Protection {
+    /// A user of its own.
+    Uid,
+    /// No capability, and none to be had.
+    Capabilities,
+    /// No program gives it more rights than it has.
+    NoNewPrivs,
+    /// Only the files of [`Files`] can be read, listed, executed, written, made and removed (Landlock, Linux 5.13).
+    LandlockFs,
+    /// Linking and renaming between directories follows the same rules (5.19); before, it is refused altogether.
+    LandlockRefer,
+    /// Cutting a file counts as writing it (6.2); before, whatever can be opened can be cut.
+    LandlockTruncate,
+    /// TCP ports that are not in [`Network`] are refused by Landlock (6.7). It knows no addresses.
+    LandlockNet,
+    /// Only the devices of [`Files`] can be controlled (6.10).
+    LandlockIoctlDev,
+    /// No signals and no abstract Unix sockets beyond its own processes, by Landlock (6.12).
+    LandlockScope,
+    /// No Unix sockets outside of the directories of [`Files`], by Landlock (7.1).
+    LandlockUnix,
+    /// The calls of [`denied`] are refused.
+    Seccomp,
+    /// It connects to the addresses and ports of [`Network`] and to nothing else.
+    Egress,
+    /// No signals and no abstract Unix sockets beyond its own processes, by whatever means.
+    Scope,
+}
+
+impl Protection {
+    /// All of them.
+    pub const ALL: [Self; 13] = [
+        Self::Uid,
+        Self::Capabilities,
+        Self::NoNewPrivs,
+        Self::LandlockFs,
+        Self::LandlockRefer,
+        Self::LandlockTruncate,
+        Self::LandlockNet,
+        Self::LandlockIoctlDev,
+        Self::LandlockScope,
+        Self::LandlockUnix,
+        Self::Seccomp,
+        Self::Egress,
+        Self::Scope,
+    ];
+
+    /// Its name, as in `SANDBOX_REQUIRE`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Uid => "uid",
+            Self::Capabilities => "capabilities",
+            Self::NoNewPrivs => "no_new_privs",
+            Self::LandlockFs => "landlock_fs",
+            Self::LandlockRefer => "landlock_refer",
+            Self::LandlockTruncate => "landlock_truncate",
+            Self::LandlockNet => "landlock_net",
+            Self::LandlockIoctlDev => "landlock_ioctl_dev",
+            Self::LandlockScope => "landlock_scope",
+            Self::LandlockUnix => "landlock_unix",
+            Self::Seccomp => "seccomp",
+            Self::Egress => "egress",
+            Self::Scope => "scope",
+        }
+    }
+}
+
+impl fmt::Display for Protection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What is in force for a started program: seen to be done by its jail, not planned.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Confined {
+    /// The version of Landlock's interface that the kernel has; 0 for none.
+    pub landlock_abi: u32,
+    /// The protections.
+    pub protections: BTreeSet<Protection>,
+}
+
+impl Confined {
+    /// Whether a protection is in force.
+    pub fn has(&self, protection: Protection) -> bool {
+        self.protections.contains(&protection)
+    }
+
+    /// The first of `wanted` that is not in force.
+    pub fn lacks(&self, wanted: &BTreeSet<Protection>) -> Option<Protection> {
+        wanted.difference(&self.protections).next().copied()
+    }
+}
+
+/// A step that failed, by its name.
+pub(super) struct Failed {
+    pub(super) step: String,
+    pub(super) error: String,
+}
+
+impl Failed {
+    fn new(step: impl Into<String>, error: impl fmt::Display) -> Self {
+        Self { step: step.into(), error: error.to_string() }
+    }
+}
+
+/// What the child tells its jail before it becomes the program.
+#[derive(Serialize, Deserialize)]
+enum Told {
+    Confined(Confined),
+    Failed { step: String, error: String },
+}
+
+/// All that can be done before the fork.
+pub(super) struct Prepared {
+    user: Option<(u32, u32)>,
+    groups: Vec<u32>,
+    limits: Limits,
+    require: BTreeSet<Protection>,
+    landlock: Option<landlock::Rules>,
+    seccomp: Option<seccomp::Filters>,
+    /// The child's end of the socket on which it tells the jail how it went.
+    socket: OwnedFd,
+}
+
+/// The jail's end of that socket.
+pub(super) struct Outcome(OwnedFd);
+
+/// Prepares the confinement of one program that is to run as `user`.
+///
+/// # Errors
+/// The step that failed.
+pub(super) fn prepare(confinement: &Confinement, user: Option<(u32, u32)>) -> Result<(Prepared, Outcome), Failed> {
+    let landlock = landlock::prepare(confinement, landlock::kernel_abi())?;
+    let seccomp = seccomp::prepare()?;
+    // With it arrives what was sent before, and then its end.
+    let (ours, theirs) =
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)
+            .map_err(|errno| Failed::new("confinement", errno))?;
+    let Confinement { groups, limits, require, .. } = confinement.clone();
+    Ok((Prepared { user, groups, limits, require, landlock, seccomp, socket: theirs }, Outcome(ours)))
+}
+
+impl Prepared {
+    /// Confines this process for good, and tells the jail. Call it in the child, last before exec.
+    ///
+    /// # Errors
+    /// A step failed; the jail is told which. The program must not be executed then.
+    pub(super) fn apply(&mut self) -> io::Result<()> {
+        let (told, listener) = match self.steps() {
+            Ok((confined, listener)) => (Told::Confined(confined), listener),
+            Err(Failed { step, error }) => (Told::Failed { step, error }, None),
+        };
+        let line = serde_json::to_vec(&told)?;
+        let listener: Vec<RawFd> = listener.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&listener)];
+        let rights = if listener.is_empty() { &[][..] } else { &rights[..] };
+        sendmsg::<()>(self.socket.as_raw_fd(), &[IoSlice::new(&line)], rights, MsgFlags::empty(), None)?;
+        match told {
+            Told::Confined(_) => Ok(()),
+            Told::Failed { .. } => Err(io::ErrorKind::PermissionDenied.into()),
+        }
+    }
+
+    /// The straight line, in the only order that works: each step needs rights that a later one takes away.
+    fn steps(&mut self) -> Result<(Confined, Option<OwnedFd>), Failed> {
+        let mut confined = Confined { landlock_abi: landlock::kernel_abi(), ..Confined::default() };
+        let mut on = |protections: &[Protection]| confined.protections.extend(protections);
+        limit(Resource::RLIMIT_CORE, "rlimit_core", Some(0))?;
+        limit(Resource::RLIMIT_NOFILE, "rlimit_nofile", self.limits.open_files)?;
+        limit(Resource::RLIMIT_FSIZE, "rlimit_fsize", self.limits.file_size)?;
+        identity::shrink_bounding_set()?;
+        if self.user.is_some() || identity::may_set_groups() {
+            identity::set_groups(&self.groups)?;
+        }
+        if let Some((uid, gid)) = self.user {
+            identity::become_user(uid, gid)?;
+            on(&[Protection::Uid]);
+        }
+        identity::drop_capabilities()?;
+        on(&[Protection::Capabilities]);
+        identity::set_no_new_privs()?;
+        on(&[Protection::NoNewPrivs]);
+        if let Some(rules) = self.landlock.take() {
+            on(&rules.apply()?);
+        }
+        let mut listener = None;
+        if let Some(filters) = self.seccomp.take() {
+            listener = filters.apply()?;
+            on(&[Protection::Seccomp]);
+        }
+        if listener.is_some() {
+            on(&[Protection::Egress]);
+        }
+        // A user of its own takes signals, and no socket of the family takes the rest.
+        if confined.has(Protection::LandlockScope) || confined.has(Protection::Uid) && confined.has(Protection::Seccomp)
+        {
+            confined.protections.insert(Protection::Scope);
+        }
+        match confined.lacks(&self.require) {
+            None => Ok((confined, listener)),
+            Some(missing) => Err(Failed::new(missing.name(), "it is required, and this host does not give it")),
+        }
+    }
+}
+
+fn limit(resource: Resource, step: &str, limit: Option<u64>) -> Result<(), Failed> {
+    match limit {
+        Some(limit) => setrlimit(resource, limit, limit).map_err(|errno| Failed::new(step, errno)),
+        None => Ok(()),
+    }
+}
+
+impl Outcome {
+    /// What the child has told, once it has become the program or ended. `None`: not a word, so it failed before.
+    #[expect(unsafe_code, reason = "a received descriptor comes as a number")]
+    pub(super) fn read(self) -> Option<Result<(Confined, Option<OwnedFd>), Failed>> {
+        let mut buffer = [0; 8192];
+        let mut iov = [IoSliceMut::new(&mut buffer)];
+        let mut space = nix::cmsg_space!([RawFd; 1]);
+        let received =
+            recvmsg::<()>(self.0.as_raw_fd(), &mut iov, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC).ok()?;
+        let mut listener = None;
+        for message in received.cmsgs().ok()? {
+            if let ControlMessageOwned::ScmRights(fds) = message {
+                // SAFETY: the kernel made these descriptors for this process a moment ago, and gave them to nobody else.
+                listener = fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).next();
+            }
+        }
+        let length = received.bytes;
+        match serde_json::from_slice(&buffer[..length]).ok()? {
+            Told::Confined(confined) => Some(Ok((confined, listener))),
+            Told::Failed { step, error } => Some(Err(Failed { step, error })),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_protection_has_one_name() {
+        for protection in Protection::ALL {
+            assert_eq!(serde_json::to_value(protection).unwrap(), protection.name());
+        }
+        assert_eq!(BTreeSet::from(Protection::ALL).len(), Protection::ALL.len());
+    }
+}
