@@ -146,6 +146,7 @@ async fn launch_once(sandbox: &Sandbox, tasks: &Tasks, ports: &Ports, launch: &L
             oom_score_adj: Some(1000),
             // The workspace is shared by its group (see `workspace`); what is the session's own has modes of its own.
             umask: Some(0o002),
+            limits: None,
         })
         .await?;
     let lines = Lines::default();

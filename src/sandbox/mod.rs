@@ -3,6 +3,8 @@
 //! - `Sandbox` starts a program in a jail of its own: this same binary again, which stays as the subreaper of the
 //!   program (`jail`, with what the two say to each other in `protocol`).
 //! - `process`: a program that was started, and the proof that nothing of it is left.
+//! - `resources`: what a program may use and has used; `cgroup` limits and counts it, and where no group can be made
+//!   the jail's own `watch` does what it can.
 //! - `orphans`: what a jail leaves behind when it is killed itself.
 //! - `tree`: the process tree as `/proc` shows it.
 //! - `tap`: the shell that OpenCode is given, which runs the real one and sends a copy of its output to the sidecar
@@ -11,16 +13,20 @@
 //! Killing means that nothing is left, and that there is a proof: the jail, a subreaper, has no child any more. A
 //! process group or a pid alone is never taken for it. Nothing here knows OpenCode, Postgres or an execution.
 
+mod cgroup;
 pub mod frames;
 pub mod jail;
 mod orphans;
 mod process;
 mod protocol;
+mod resources;
 pub mod tap;
 mod tree;
 mod uplink;
+mod watch;
 
-pub use process::{Process, ProcessHandle};
+pub use process::{FreezeError, Process, ProcessHandle};
+pub use resources::{KillMeans, Limits, Mechanism, Probe, Resource, ResourceEvents, Resources, Usage};
 pub use tree::Stat;
 
 use crate::tasks::Tasks;
@@ -45,7 +51,11 @@ pub struct Sandbox {
     executable: Arc<PathBuf>,
     tasks: Tasks,
     live: Arc<AtomicUsize>,
+    resources: Resources,
 }
+
+/// How often a program's limits are looked at where nothing else was asked for.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 impl Sandbox {
     /// `executable` is the `opencode-sidecar` binary itself, as an absolute path: it is started again as the jail.
@@ -55,7 +65,19 @@ impl Sandbox {
     /// The kernel refuses to make this process a subreaper.
     pub fn new(executable: PathBuf, tasks: Tasks) -> io::Result<Self> {
         prctl::set_child_subreaper(true)?;
-        Ok(Self { executable: Arc::new(executable), tasks, live: Arc::default() })
+        let resources = Resources::watched(LOOK_EVERY);
+        Ok(Self { executable: Arc::new(executable), tasks, live: Arc::default(), resources })
+    }
+
+    /// The same, with these to hold [`Spec::limits`]; without, they are watched.
+    pub fn with_resources(mut self, resources: Resources) -> Self {
+        self.resources = resources;
+        self
+    }
+
+    /// What holds [`Spec::limits`].
+    pub fn resources(&self) -> &Resources {
+        &self.resources
     }
 
     /// Starts a program and waits until it runs. Dropping the future ends whatever it had started.
@@ -133,6 +155,8 @@ pub struct Spec {
     pub oom_score_adj: Option<i32>,
     /// The permissions that files it makes lack, such as `0o022`; without one, the sidecar's own.
     pub umask: Option<u32>,
+    /// What it may use together with all that descends from it, and that its use is measured. Without, neither.
+    pub limits: Option<Limits>,
 }
 
 impl Spec {
@@ -149,6 +173,7 @@ impl Spec {
             stop_grace: Duration::ZERO,
             oom_score_adj: None,
             umask: None,
+            limits: None,
         }
     }
 }
@@ -166,6 +191,7 @@ impl fmt::Debug for Spec {
             .field("stop_grace", &self.stop_grace)
             .field("oom_score_adj", &self.oom_score_adj)
             .field("umask", &self.umask)
+            .field("limits", &self.limits)
             .finish()
     }
 }
@@ -229,6 +255,13 @@ impl fmt::Display for Exit {
 pub struct Gone {
     /// User and system time of all that ran, in seconds. Not known where the jail was killed.
     pub cpu_seconds: Option<f64>,
+    /// All that it has used, if it had [`Spec::limits`].
+    pub usage: Usage,
+    /// How often its limits were felt.
+    pub events: ResourceEvents,
+    /// What ran out for the program itself, and not only for something that it had started; see
+    /// [`ProcessHandle::gone`].
+    pub exhausted: Option<Resource>,
 }
 
 /// How a program ended that [`Sandbox::run`] ran, and what it wrote.
@@ -254,12 +287,21 @@ pub enum StartError {
         #[source]
         source: io::Error,
     },
+    /// The control group with its limits.
+    #[error("cannot limit the resources of {name}")]
+    Resources {
+        /// The program's name.
+        name: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// One of the jail's steps.
     #[error("cannot start {name}: step {step} failed: {detail}")]
     Step {
         /// The program's name.
         name: String,
-        /// The step's name: `exec`, `cwd`, `subreaper` and so on.
+        /// The step's name: `exec`, `cwd`, `cgroup`, `subreaper` and so on.
         step: String,
         /// What the step said.
         detail: String,

@@ -1,5 +1,8 @@
 //! What the sidecar and a jail say to each other over their socket: one JSON value per line.
 
+use super::cgroup::Layout;
+use super::resources::Resource;
+use super::watch::{Io, Sample, Watch};
 use super::{Exit, Signal, Spec};
 use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
@@ -18,6 +21,9 @@ pub(super) struct Policy {
     pub(super) stop_grace_ms: u64,
     pub(super) oom_score_adj: Option<i32>,
     pub(super) umask: Option<u32>,
+    /// The group that the program joins, and that is killed with it.
+    pub(super) group: Option<Layout>,
+    pub(super) watch: Option<Watch>,
 }
 
 impl Policy {
@@ -32,6 +38,8 @@ impl Policy {
             stop_grace_ms: u64::try_from(spec.stop_grace.as_millis()).unwrap_or(u64::MAX),
             oom_score_adj: spec.oom_score_adj,
             umask: spec.umask,
+            group: None,
+            watch: None,
         }
     }
 
@@ -96,8 +104,14 @@ pub(super) enum Report {
     Failed { step: String, error: String },
     /// The main program has ended.
     Exited(Exit),
+    /// What was seen when it changed.
+    Seen(Sample),
+    /// A limit that is watched is reached: everything is killed.
+    Exhausted(Resource),
+    /// From here on the jail kills, the program too if it still runs.
+    Killing(bool),
     /// Nothing is left.
-    Empty { cpu_seconds: f64 },
+    Empty { cpu_seconds: f64, io: Option<Io> },
 }
 
 /// One line, with its end.
@@ -117,6 +131,7 @@ mod tests {
         assert_eq!(line(&Command::Kill(true)).unwrap(), b"{\"kill\":true}\n");
         let exit = Exit { code: Some(3), signal: None };
         assert_eq!(line(&Report::Exited(exit)).unwrap(), b"{\"exited\":{\"code\":3,\"signal\":null}}\n");
+        assert_eq!(line(&Report::Exhausted(Resource::Pids)).unwrap(), b"{\"exhausted\":\"pids\"}\n");
         assert_eq!(line(&Report::Started { pid: 5 }).unwrap(), b"{\"started\":{\"pid\":5}}\n");
     }
 
