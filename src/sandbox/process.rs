@@ -15,8 +15,8 @@ use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as BlockingStream;
 use std::process::Stdio;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -50,7 +50,8 @@ struct Shared {
     name: String,
     jail: i32,
     control: BlockingStream,
-    group: Option<Arc<Group>>,
+    /// Its group, while there is something in it.
+    group: Weak<Group>,
 }
 
 /// Levels, each set once and for all.
@@ -147,11 +148,12 @@ fn spawn(sandbox: &Sandbox, spec: Spec, group: Option<Group>) -> io::Result<Proc
         child,
         state: sender,
         live: Arc::clone(&sandbox.live),
-        group: group.clone(),
+        group,
         alarm,
         watched,
         felt: Felt::default(),
     };
+    let group = supervisor.group.as_ref().map(Arc::downgrade).unwrap_or_default();
     sandbox.tasks.spawn("jail", supervisor.run(reports, policy));
     let shared = Arc::new(Shared { name: spec.name, jail, control, group });
     Ok(Process { handle: ProcessHandle { shared, state }, stdout, stderr })
@@ -260,7 +262,7 @@ impl ProcessHandle {
         let Shared { name, jail, group, .. } = &*self.shared;
         tracing::warn!(name, jail, "the jail does not answer: killing it and all below it from outside");
         loop {
-            if let Some(group) = group {
+            if let Some(group) = group.upgrade() {
                 group.kill();
             }
             orphans::while_registered(*jail, || {
@@ -285,7 +287,7 @@ impl ProcessHandle {
         if let Some(gone) = state.gone {
             return gone.usage;
         }
-        let counted = self.shared.group.as_ref().map(|group| group.usage()).unwrap_or_default();
+        let counted = self.shared.group.upgrade().map(|group| group.usage()).unwrap_or_default();
         counted.or(state.seen.map(Usage::from).unwrap_or_default())
     }
 
@@ -318,12 +320,15 @@ impl ProcessHandle {
 
     /// Whether nothing of it runs or can run, as the kernel says. `None`: it cannot be frozen here, or has ended.
     pub fn is_frozen(&self) -> Option<bool> {
-        self.shared.group.as_ref().and_then(|group| group.is_frozen())
+        self.shared.group.upgrade().and_then(|group| group.is_frozen())
     }
 
     async fn set_frozen(&self, frozen: bool, deadline: Duration) -> Result<(), FreezeError> {
         let name = || self.shared.name.clone();
-        let group = self.shared.group.as_ref().filter(|group| group.has_freezer());
+        if self.state.borrow().gone.is_some() {
+            return Err(FreezeError::Refused { name: name(), source: io::ErrorKind::NotFound.into() });
+        }
+        let group = self.shared.group.upgrade().filter(|group| group.has_freezer());
         let group = group.ok_or_else(|| FreezeError::Unsupported(name()))?;
         match timeout(deadline, group.freeze(frozen)).await {
             Ok(Ok(())) => Ok(()),
@@ -455,9 +460,8 @@ impl Supervisor {
             events: self.felt.events,
             exhausted: self.felt.exhausted,
         };
-        if let Some(group) = &self.group {
-            group.remove();
-        }
+        // The last one that holds it: with this it is removed.
+        self.group = None;
         self.live.fetch_sub(1, Ordering::AcqRel);
         self.set(|state| {
             state.exit.get_or_insert(Exit { code: None, signal: None });

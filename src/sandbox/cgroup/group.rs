@@ -14,7 +14,7 @@ const LOOK: Duration = Duration::from_millis(200);
 /// How often an end is looked for where the kernel does not tell, and how soon a kill is repeated.
 const AGAIN: Duration = Duration::from_millis(5);
 
-/// The group of one program. Removed when it is dropped at the latest, if it is empty then.
+/// The group of one program. Removed when it is dropped, if it is empty then.
 #[derive(Debug)]
 pub(in super::super) struct Group {
     layout: Layout,
@@ -101,18 +101,13 @@ impl Group {
             wait(notice.as_ref()).await;
         }
     }
-
-    /// Removes it, now that it is empty.
-    pub(in super::super) fn remove(&self) {
-        if let Err(error) = self.layout.remove() {
-            tracing::warn!(%error, "a control group could not be removed");
-        }
-    }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
-        self.remove();
+        if let Err(error) = self.layout.remove() {
+            tracing::warn!(%error, "a control group could not be removed");
+        }
     }
 }
 

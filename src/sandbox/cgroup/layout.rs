@@ -130,9 +130,13 @@ impl Layout {
     /// `cgroup.kill` and no freezer: call it until the group is empty.
     pub(in super::super) fn kill(&self) {
         let in_one_go = self.unified.as_ref().is_some_and(|group| files::write(group, "cgroup.kill", "1").is_ok());
-        if in_one_go {
-            return;
+        if !in_one_go {
+            self.kill_each();
         }
+    }
+
+    /// The same without `cgroup.kill`, which came with Linux 5.14.
+    fn kill_each(&self) {
         if self.freeze(true).is_ok() {
             let end = Instant::now() + FREEZE;
             while self.is_frozen() == Some(false) && Instant::now() < end {
@@ -249,3 +253,6 @@ fn signal_all(directory: &Path) {
         signal_all(&child);
     }
 }
+
+#[cfg(test)]
+mod tests;
