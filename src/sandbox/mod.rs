@@ -5,6 +5,7 @@
 //! - `process`: a program that was started, and the proof that nothing of it is left.
 //! - `resources`: what a program may use and has used; `cgroup` limits and counts it, and where no group can be made
 //!   the jail's own `watch` does what it can.
+//! - `disk`: how much a program adds to the disk, counted.
 //! - `orphans`: what a jail leaves behind when it is killed itself.
 //! - `tree`: the process tree as `/proc` shows it.
 //! - `tap`: the shell that OpenCode is given, which runs the real one and sends a copy of its output to the sidecar
@@ -14,6 +15,7 @@
 //! process group or a pid alone is never taken for it. Nothing here knows OpenCode, Postgres or an execution.
 
 mod cgroup;
+mod disk;
 pub mod frames;
 pub mod jail;
 mod orphans;
@@ -25,6 +27,7 @@ mod tree;
 mod uplink;
 mod watch;
 
+pub use disk::{Added, Disk, DiskSpec};
 pub use process::{FreezeError, Process, ProcessHandle};
 pub use resources::{KillMeans, Limits, Mechanism, Probe, Resource, ResourceEvents, Resources, Usage};
 pub use tree::Stat;
@@ -92,6 +95,15 @@ impl Sandbox {
     /// met, 0 if none is left. Each [`Process`] does this for its own jail; call it once more at shutdown.
     pub fn sweep_orphans(&self) -> usize {
         orphans::sweep()
+    }
+
+    /// Counts what is added beneath directories from now on, until the result is dropped. See [`DiskSpec`] for what;
+    /// it returns when what is there already is counted.
+    ///
+    /// # Errors
+    /// A directory cannot be opened.
+    pub async fn watch_disk(&self, spec: DiskSpec) -> io::Result<Disk> {
+        Disk::start(&self.tasks, spec).await
     }
 
     /// How many of the programs started here are not yet proven to have left nothing.

@@ -220,6 +220,11 @@ impl ProcessHandle {
         }
     }
 
+    /// The id of its jail, while it has one.
+    pub(super) fn jail(&self) -> Option<i32> {
+        self.state.borrow().gone.is_none().then_some(self.shared.jail)
+    }
+
     /// Sends the program, and nothing below it, a signal. Does nothing after its end.
     pub fn signal(&self, signal: Signal) {
         self.command(&Command::Signal(signal));
