@@ -1,7 +1,9 @@
 //! Builds the crate again when a migration is added: `sqlx::migrate!` reads the directory at compile time. And says
-//! whether it is built as root: tests that act as another user are reported as ignored otherwise.
+//! whether it is built as root, and where control groups can be made: tests that act as another user, or that are about
+//! a group's limits, are reported as ignored otherwise.
 
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 fn main() {
     println!("cargo:rerun-if-changed=migrations");
@@ -9,4 +11,26 @@ fn main() {
     if std::fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0) {
         println!("cargo::rustc-cfg=as_root");
     }
+    println!("cargo::rustc-check-cfg=cfg(cgroups)");
+    if groups_can_be_made() {
+        println!("cargo::rustc-cfg=cgroups");
+    }
+}
+
+/// Whether a group for memory can be made beneath the one that this process is in. Roughly what `sandbox::cgroup`
+/// finds out in detail, for hosts where trees are where they usually are.
+fn groups_can_be_made() -> bool {
+    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let places = own.lines().filter_map(|line| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        match (fields.next()?, fields.next()?.trim_start_matches('/')) {
+            ("", path) => Some(Path::new("/sys/fs/cgroup").join(path)),
+            ("memory", path) => Some(Path::new("/sys/fs/cgroup/memory").join(path)),
+            _ => None,
+        }
+    });
+    places.into_iter().filter(|place| place.join("cgroup.procs").exists()).any(|place| {
+        let group = place.join(format!("opencode-sidecar-build-{}", std::process::id()));
+        std::fs::create_dir(&group).is_ok() && std::fs::remove_dir(&group).is_ok()
+    })
 }

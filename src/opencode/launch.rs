@@ -166,6 +166,7 @@ async fn launch_once(sandbox: &Sandbox, tasks: &Tasks, ports: &Ports, launch: &L
             // The workspace is shared by its group (see `workspace`); what is the session's own has modes of its own.
             umask: Some(0o002),
             confinement,
+            limits: None,
         })
         .await?;
     let lines = Lines::default();

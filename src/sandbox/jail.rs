@@ -6,23 +6,26 @@
 //! it is told to kill, and when the sidecar is gone, it kills what is left until the kernel says that it has no
 //! child. As a subreaper it inherits every orphan below it, so no child means no descendant: that is the proof.
 
+use super::cgroup;
 use super::confine::{self, Confined, Gate};
 use super::protocol::{self, Command, Policy, Report};
+use super::watch::{Io, Watcher, reaped_cpu_seconds};
 use super::{Exit, Signal, tree};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
-use nix::sys::resource::{Resource, UsageWho, getrusage, setrlimit};
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{self, SigSet, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::stat;
-use nix::sys::time::TimeValLike;
 use nix::unistd::{self, Pid};
 use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::fs;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{ExitCode, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -42,15 +45,17 @@ pub fn run() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    let io_before = Io::own();
     match start(&policy) {
         Ok(Started { main, children, confined, gate }) => {
             if let Some(confined) = confined {
                 control.report(&Report::Confined(confined));
             }
             control.report(&Report::Started { pid: main.as_raw().unsigned_abs() });
-            let mut jail = Jail { main, exit: None, control, children, gate };
+            let watcher = policy.watch.map(|watch| Watcher::new(watch, io_before));
+            let mut jail = Jail { main, exit: None, control, children, gate, watcher, io_before };
             jail.supervise(&policy);
-            jail.end_everything();
+            jail.end_everything(policy.group.as_ref());
             ExitCode::SUCCESS
         }
         Err(failed) => {
@@ -147,6 +152,8 @@ fn execute(policy: &Policy) -> Result<(Pid, Option<Confined>, Option<Gate>), Fai
     let mut command = std::process::Command::new(&program);
     command.args(policy.args()).env_clear().envs(policy.env()).current_dir(policy.cwd());
     command.stdin(Stdio::null()).stdout(Stdio::inherit()).stderr(Stdio::inherit()).process_group(0);
+    // Before it is confined, while it still may.
+    let group = step("cgroup", join_group(&mut command, policy))?;
     let mut outcome = None;
     match &policy.confinement {
         Some(confinement) => {
@@ -175,7 +182,12 @@ fn execute(policy: &Policy) -> Result<(Pid, Option<Confined>, Option<Gate>), Fai
         step: "exec".into(),
         error: format!("cannot execute {}: {error}", program.display()),
     };
-    let child = spawned.map_err(failed)?;
+    let child = spawned.map_err(|error| match group.as_ref().and_then(refusal) {
+        Some(refused) => {
+            Failed { step: "cgroup".into(), error: format!("the program may not join its group: {refused}") }
+        }
+        None => failed(error),
+    })?;
     let pid = i32::try_from(child.id()).map(Pid::from_raw).map_err(io::Error::other).map_err(failed)?;
     let (confined, listener) = told.unzip();
     let gate = listener.flatten().zip(policy.confinement.as_ref()).map(|(listener, confinement)| {
@@ -192,6 +204,31 @@ fn close_inherited() -> io::Result<()> {
     // SAFETY: it is the first thing this process does, so no value of it owns any of these descriptors.
     let closed = Errno::result(unsafe { libc::close_range(3, libc::c_uint::MAX, 0) });
     closed.map(drop).map_err(io::Error::from)
+}
+
+/// Has the child join its group before it executes anything. Gives where it says that it could not.
+#[expect(unsafe_code, reason = "there is no safe way to run something in the child")]
+fn join_group(command: &mut std::process::Command, policy: &Policy) -> io::Result<Option<OwnedFd>> {
+    let Some(group) = &policy.group else { return Ok(None) };
+    let doors = group.doors()?;
+    let (refusal, says) = unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+    let join = move || {
+        cgroup::join(&doors).map_err(|refused| {
+            let _ = unistd::write(&says, &(refused as i32).to_ne_bytes());
+            io::Error::from(refused)
+        })
+    };
+    // SAFETY: this process has one thread, so the child may do what it could; `join` only writes to descriptors that
+    // it owns.
+    unsafe { command.pre_exec(join) };
+    Ok(Some(refusal))
+}
+
+/// What kept the child from joining its group, if that is what it was.
+fn refusal(group: &OwnedFd) -> Option<Errno> {
+    let mut number = [0; 4];
+    let count = unistd::read(group, &mut number).ok()?;
+    (count == number.len()).then(|| Errno::from_raw(i32::from_ne_bytes(number)))
 }
 
 fn below_this_process() -> impl Fn(&tree::Stat) -> bool {
@@ -234,6 +271,9 @@ struct Jail {
     control: Control,
     children: SignalFd,
     gate: Option<Gate>,
+    watcher: Option<Watcher>,
+    /// What this process had read and written before the start.
+    io_before: Option<Io>,
 }
 
 impl Jail {
@@ -245,7 +285,11 @@ impl Jail {
             if left.is_some_and(|left| left.is_zero()) {
                 return;
             }
-            self.wait(left, true);
+            if self.look() {
+                return;
+            }
+            let look = self.watcher.as_ref().map(Watcher::due);
+            self.wait(left.into_iter().chain(look).min(), true);
             if let Some(gate) = &mut self.gate {
                 gate.advance();
             }
@@ -262,12 +306,30 @@ impl Jail {
         }
     }
 
+    /// Looks at what is to be watched, if it is time. True: a limit is reached.
+    fn look(&mut self) -> bool {
+        let Some(watcher) = self.watcher.as_mut().filter(|watcher| watcher.due().is_zero()) else { return false };
+        let (news, exhausted) = watcher.look();
+        if let Some(sample) = news {
+            self.control.report(&Report::Seen(sample));
+        }
+        if let Some(resource) = exhausted {
+            self.control.report(&Report::Exhausted(resource));
+        }
+        exhausted.is_some()
+    }
+
     /// Kills all that is left, and reports when the kernel says that nothing is.
-    fn end_everything(&mut self) {
+    fn end_everything(&mut self, group: Option<&cgroup::Layout>) {
+        self.control.report(&Report::Killing(true));
         // Whoever waits for it is about to be killed.
         self.gate = None;
         let mut before = BTreeSet::new();
         while self.reap_all() {
+            // All at once, where there is a group. The search finds the same and more; only it ends in a proof.
+            if let Some(group) = group {
+                group.kill();
+            }
             let killed = tree::kill_all(below_this_process());
             // Somebody new: look again at once, that is how a fork bomb is overtaken. Nobody new: those that were
             // killed need a moment to die (a zombie's parent, a process in the kernel), and say so by SIGCHLD.
@@ -276,11 +338,8 @@ impl Jail {
             }
             before = killed;
         }
-        let cpu_seconds = getrusage(UsageWho::RUSAGE_CHILDREN).map_or(0.0, |usage| {
-            let micros = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
-            Duration::from_micros(micros.unsigned_abs()).as_secs_f64()
-        });
-        self.control.report(&Report::Empty { cpu_seconds });
+        let (cpu_seconds, io) = (reaped_cpu_seconds(), Watcher::ended(self.io_before));
+        self.control.report(&Report::Empty { cpu_seconds, io });
     }
 
     /// Reaps all that have ended. False: no child is left.

@@ -4,6 +4,9 @@
 //!   program (`jail`, with what the two say to each other in `protocol`).
 //! - `process`: a program that was started, and the proof that nothing of it is left.
 //! - `confine`: what a program may not do.
+//! - `resources`: what a program may use and has used; `cgroup` limits and counts it, and where no group can be made
+//!   the jail's own `watch` does what it can.
+//! - `disk`: how much a program adds to the disk, counted.
 //! - `orphans`: what a jail leaves behind when it is killed itself.
 //! - `tree`: the process tree as `/proc` shows it.
 //! - `tap`: the shell that OpenCode is given, which runs the real one and sends a copy of its output to the sidecar
@@ -12,17 +15,23 @@
 //! Killing means that nothing is left, and that there is a proof: the jail, a subreaper, has no child any more. A
 //! process group or a pid alone is never taken for it. Nothing here knows OpenCode, Postgres or an execution.
 
+mod cgroup;
 pub mod confine;
+mod disk;
 pub mod frames;
 pub mod jail;
 mod orphans;
 mod process;
 mod protocol;
+mod resources;
 pub mod tap;
 mod tree;
 mod uplink;
+mod watch;
 
-pub use process::{Process, ProcessHandle};
+pub use disk::{Added, Disk, DiskSpec};
+pub use process::{FreezeError, Process, ProcessHandle};
+pub use resources::{KillMeans, Limits, Mechanism, Probe, Resource, ResourceEvents, Resources, Usage};
 pub use tree::Stat;
 
 use crate::tasks::Tasks;
@@ -47,7 +56,11 @@ pub struct Sandbox {
     executable: Arc<PathBuf>,
     tasks: Tasks,
     live: Arc<AtomicUsize>,
+    resources: Resources,
 }
+
+/// How often a program's limits are looked at where nothing else was asked for.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 impl Sandbox {
     /// `executable` is the `opencode-sidecar` binary itself, as an absolute path: it is started again as the jail.
@@ -57,7 +70,19 @@ impl Sandbox {
     /// The kernel refuses to make this process a subreaper.
     pub fn new(executable: PathBuf, tasks: Tasks) -> io::Result<Self> {
         prctl::set_child_subreaper(true)?;
-        Ok(Self { executable: Arc::new(executable), tasks, live: Arc::default() })
+        let resources = Resources::watched(LOOK_EVERY);
+        Ok(Self { executable: Arc::new(executable), tasks, live: Arc::default(), resources })
+    }
+
+    /// The same, with these to hold [`Spec::limits`]; without, they are watched.
+    pub fn with_resources(mut self, resources: Resources) -> Self {
+        self.resources = resources;
+        self
+    }
+
+    /// What holds [`Spec::limits`].
+    pub fn resources(&self) -> &Resources {
+        &self.resources
     }
 
     /// Starts a program and waits until it runs. Dropping the future ends whatever it had started.
@@ -80,6 +105,15 @@ impl Sandbox {
     /// They cannot be started, or do not end.
     pub async fn offers(&self) -> Result<confine::Offers, RunError> {
         confine::ask_offers(self).await
+    }
+
+    /// Counts what is added beneath directories from now on, until the result is dropped. See [`DiskSpec`] for what;
+    /// it returns when what is there already is counted.
+    ///
+    /// # Errors
+    /// A directory cannot be opened.
+    pub async fn watch_disk(&self, spec: DiskSpec) -> io::Result<Disk> {
+        Disk::start(&self.tasks, spec).await
     }
 
     /// How many of the programs started here are not yet proven to have left nothing.
@@ -146,6 +180,8 @@ pub struct Spec {
     pub umask: Option<u32>,
     /// What it is confined to; without it, it may do whatever its user may.
     pub confinement: Option<confine::Confinement>,
+    /// What it may use together with all that descends from it, and that its use is measured. Without, neither.
+    pub limits: Option<Limits>,
 }
 
 impl Spec {
@@ -163,6 +199,7 @@ impl Spec {
             oom_score_adj: None,
             umask: None,
             confinement: None,
+            limits: None,
         }
     }
 }
@@ -181,6 +218,7 @@ impl fmt::Debug for Spec {
             .field("oom_score_adj", &self.oom_score_adj)
             .field("umask", &self.umask)
             .field("confinement", &self.confinement)
+            .field("limits", &self.limits)
             .finish()
     }
 }
@@ -244,6 +282,13 @@ impl fmt::Display for Exit {
 pub struct Gone {
     /// User and system time of all that ran, in seconds. Not known where the jail was killed.
     pub cpu_seconds: Option<f64>,
+    /// All that it has used, if it had [`Spec::limits`].
+    pub usage: Usage,
+    /// How often its limits were felt.
+    pub events: ResourceEvents,
+    /// What ran out for the program itself, and not only for something that it had started; see
+    /// [`ProcessHandle::gone`].
+    pub exhausted: Option<Resource>,
 }
 
 /// How a program ended that [`Sandbox::run`] ran, and what it wrote.
@@ -269,12 +314,21 @@ pub enum StartError {
         #[source]
         source: io::Error,
     },
+    /// The control group with its limits.
+    #[error("cannot limit the resources of {name}")]
+    Resources {
+        /// The program's name.
+        name: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// One of the jail's steps.
     #[error("cannot start {name}: step {step} failed: {detail}")]
     Step {
         /// The program's name.
         name: String,
-        /// The step's name: `exec`, `cwd`, `subreaper` and so on.
+        /// The step's name: `exec`, `cwd`, `cgroup`, `subreaper` and so on.
         step: String,
         /// What the step said.
         detail: String,

@@ -3,17 +3,21 @@
 //! One task per jail owns the jail's process and reads its reports; everybody else sees a watch channel. So no lock
 //! is held while something is waited for, and whoever stops waiting takes nothing with him.
 
+use super::cgroup::{Alarm, Group};
 use super::confine::Confined;
 use super::protocol::{self, Command, Policy, Report};
-use super::{Exit, Gone, Sandbox, Signal, Spec, StartError, StillAlive, jail, orphans, tree};
+use super::resources::{Resource, ResourceEvents, Usage};
+use super::watch::{Io, Sample};
+use super::{Exit, Gone, Limits, Sandbox, Signal, Spec, StartError, StillAlive, jail, orphans, tree};
+use nix::sys::signal::Signal as Raw;
 use std::future::pending;
 use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as BlockingStream;
 use std::process::Stdio;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -23,6 +27,9 @@ use tokio::time::{Instant, sleep, timeout};
 
 /// How long to wait between two looks at what refuses to die.
 const AGAIN: Duration = Duration::from_millis(5);
+/// How long before a program's end a limit may have been felt to be taken for the reason of that end: as long as a
+/// large process may take to die.
+const RELATED: Duration = Duration::from_secs(3);
 
 /// A started program. Dropping it ends everything below its jail, without waiting for that.
 #[derive(Debug)]
@@ -44,6 +51,8 @@ struct Shared {
     name: String,
     jail: i32,
     control: BlockingStream,
+    /// Its group, while there is something in it.
+    group: Weak<Group>,
 }
 
 /// Levels, each set once and for all.
@@ -53,11 +62,43 @@ struct State {
     started: Option<Result<u32, (String, String)>>,
     exit: Option<Exit>,
     gone: Option<Gone>,
+    /// What the jail has seen. A level that changes, as is the next.
+    seen: Option<Sample>,
+    events: ResourceEvents,
+}
+
+/// A program cannot be frozen or thawed.
+#[derive(Debug, thiserror::Error)]
+pub enum FreezeError {
+    /// It is in no group that could be frozen.
+    #[error("this host has no way to freeze {0}")]
+    Unsupported(String),
+    /// The kernel refuses, or the program has ended.
+    #[error("{name} cannot be frozen or thawed")]
+    Refused {
+        /// The program's name.
+        name: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Something in it hangs inside the kernel.
+    #[error("{name} is not frozen or thawed after {after:?}")]
+    Late {
+        /// The program's name.
+        name: String,
+        /// How long was waited.
+        after: Duration,
+    },
 }
 
 pub(super) async fn start(sandbox: &Sandbox, spec: Spec) -> Result<Process, StartError> {
     let name = spec.name.clone();
-    let process = spawn(sandbox, spec).map_err(|source| StartError::Jail { name: name.clone(), source })?;
+    let group = match spec.limits {
+        Some(limits) => make_group(sandbox, &name, limits).await?,
+        None => None,
+    };
+    let process = spawn(sandbox, spec, group).map_err(|source| StartError::Jail { name: name.clone(), source })?;
     let state = process.handle.reached(|state| state.started.is_some() || state.gone.is_some()).await;
     match state.started {
         Some(Ok(_)) => Ok(process),
@@ -69,9 +110,23 @@ pub(super) async fn start(sandbox: &Sandbox, spec: Spec) -> Result<Process, Star
     }
 }
 
+async fn make_group(sandbox: &Sandbox, name: &str, limits: Limits) -> Result<Option<Group>, StartError> {
+    let (resources, called) = (sandbox.resources.clone(), name.to_owned());
+    let made = sandbox.tasks.spawn_blocking(move || resources.group(&called, &limits)).await;
+    // Only a panic or the end of the runtime keeps it from its end.
+    made.unwrap_or_else(|lost| Err(io::Error::other(lost)))
+        .map_err(|source| StartError::Resources { name: name.to_owned(), source })
+}
+
 #[expect(clippy::disallowed_methods, reason = "the one place that starts processes")]
-fn spawn(sandbox: &Sandbox, spec: Spec) -> io::Result<Process> {
-    let policy = protocol::line(&Policy::of(&spec))?;
+fn spawn(sandbox: &Sandbox, spec: Spec, group: Option<Group>) -> io::Result<Process> {
+    let mut policy = Policy::of(&spec);
+    policy.group = group.as_ref().map(|group| group.layout().clone());
+    policy.watch = spec.limits.and_then(|limits| sandbox.resources.watch(&limits));
+    let watched = policy.watch.is_some();
+    let policy = protocol::line(&policy)?;
+    let alarm = group.as_ref().map(Group::alarm);
+    let group = group.map(Arc::new);
     let (ours, theirs) = BlockingStream::pair()?;
     ours.set_nonblocking(true)?;
     let control = ours.try_clone()?;
@@ -89,10 +144,20 @@ fn spawn(sandbox: &Sandbox, spec: Spec) -> io::Result<Process> {
     let jail = child.id().and_then(|pid| i32::try_from(pid).ok()).unwrap_or_default();
     let (sender, state) = watch::channel(State::default());
     sandbox.live.fetch_add(1, Ordering::AcqRel);
-    let supervisor =
-        Supervisor { name: spec.name.clone(), jail, child, state: sender, live: Arc::clone(&sandbox.live) };
+    let supervisor = Supervisor {
+        name: spec.name.clone(),
+        jail,
+        child,
+        state: sender,
+        live: Arc::clone(&sandbox.live),
+        group,
+        alarm,
+        watched,
+        felt: Felt::default(),
+    };
+    let group = supervisor.group.as_ref().map(Arc::downgrade).unwrap_or_default();
     sandbox.tasks.spawn("jail", supervisor.run(reports, policy));
-    let shared = Arc::new(Shared { name: spec.name, jail, control });
+    let shared = Arc::new(Shared { name: spec.name, jail, control, group });
     Ok(Process { handle: ProcessHandle { shared, state }, stdout, stderr })
 }
 
@@ -162,6 +227,11 @@ impl ProcessHandle {
         }
     }
 
+    /// The id of its jail, while it has one.
+    pub(super) fn jail(&self) -> Option<i32> {
+        self.state.borrow().gone.is_none().then_some(self.shared.jail)
+    }
+
     /// Sends the program, and nothing below it, a signal. Does nothing after its end.
     pub fn signal(&self, signal: Signal) {
         self.command(&Command::Signal(signal));
@@ -176,7 +246,13 @@ impl ProcessHandle {
         }
     }
 
-    /// Waits for the proof that nothing is left, of the program and of all that descends from it.
+    /// Waits for the proof that nothing is left, of the program and of all that descends from it: its jail has no
+    /// child any more, and its group, where it has one, holds no process.
+    ///
+    /// [`Gone::exhausted`] tells "the program was hit" from "something that it had started was". Watched limits end
+    /// everything, so there it is known. The kernel's own OOM killer does not say whom it took, so there it is
+    /// concluded: the program ended by SIGKILL, not on behalf of the jail, no more than 3 s after a kill was counted.
+    /// Likewise of refused forks and a program that ended with an error of its own.
     pub async fn gone(&self) -> Gone {
         match self.reached(|state| state.gone.is_some()).await.gone {
             Some(gone) => gone,
@@ -195,9 +271,12 @@ impl ProcessHandle {
         if let Ok(gone) = timeout(deadline / 2, self.gone()).await {
             return Ok(gone);
         }
-        let Shared { name, jail, .. } = &*self.shared;
+        let Shared { name, jail, group, .. } = &*self.shared;
         tracing::warn!(name, jail, "the jail does not answer: killing it and all below it from outside");
         loop {
+            if let Some(group) = group.upgrade() {
+                group.kill();
+            }
             orphans::while_registered(*jail, || {
                 tree::kill_all(|stat| stat.parent == *jail || stat.pid == *jail);
             });
@@ -210,6 +289,63 @@ impl ProcessHandle {
                 orphans::while_registered(*jail, || left.extend(tree::living_below(*jail)));
                 return Err(StillAlive { name: name.clone(), after: deadline, left });
             }
+        }
+    }
+
+    /// What it has used so far; nothing without [`Spec::limits`]. What only its jail sees is as old as the jail's last
+    /// look, at most about a second. After its end, the last word.
+    pub fn usage(&self) -> Usage {
+        let state = self.state.borrow().clone();
+        if let Some(gone) = state.gone {
+            return gone.usage;
+        }
+        let counted = self.shared.group.upgrade().map(|group| group.usage()).unwrap_or_default();
+        counted.or(state.seen.map(Usage::from).unwrap_or_default())
+    }
+
+    /// How often its limits were felt so far.
+    pub fn resource_events(&self) -> ResourceEvents {
+        self.state.borrow().events
+    }
+
+    /// Waits until that is other than what is known already. For ever, if nothing is felt any more before its end.
+    pub async fn resource_events_beyond(&self, known: ResourceEvents) -> ResourceEvents {
+        self.reached(|state| state.events != known).await.events
+    }
+
+    /// Stops everything in its group where it stands, and returns when the kernel says that nothing in it runs. A
+    /// frozen program can be killed; a signal reaches it when it is thawed.
+    ///
+    /// # Errors
+    /// [`FreezeError`]. Where it is late, it may still happen.
+    pub async fn freeze(&self, deadline: Duration) -> Result<(), FreezeError> {
+        self.set_frozen(true, deadline).await
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    /// [`FreezeError`].
+    pub async fn thaw(&self, deadline: Duration) -> Result<(), FreezeError> {
+        self.set_frozen(false, deadline).await
+    }
+
+    /// Whether nothing of it runs or can run, as the kernel says. `None`: it cannot be frozen here, or has ended.
+    pub fn is_frozen(&self) -> Option<bool> {
+        self.shared.group.upgrade().and_then(|group| group.is_frozen())
+    }
+
+    async fn set_frozen(&self, frozen: bool, deadline: Duration) -> Result<(), FreezeError> {
+        let name = || self.shared.name.clone();
+        if self.state.borrow().gone.is_some() {
+            return Err(FreezeError::Refused { name: name(), source: io::ErrorKind::NotFound.into() });
+        }
+        let group = self.shared.group.upgrade().filter(|group| group.has_freezer());
+        let group = group.ok_or_else(|| FreezeError::Unsupported(name()))?;
+        match timeout(deadline, group.freeze(frozen)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(source)) => Err(FreezeError::Refused { name: name(), source }),
+            Err(_) => Err(FreezeError::Late { name: name(), after: deadline }),
         }
     }
 
@@ -239,6 +375,47 @@ struct Supervisor {
     child: Child,
     state: watch::Sender<State>,
     live: Arc<AtomicUsize>,
+    group: Option<Arc<Group>>,
+    alarm: Option<Alarm>,
+    /// Whether the jail looks at what it uses.
+    watched: bool,
+    felt: Felt,
+}
+
+/// What is known about the reason of the program's end.
+#[derive(Default)]
+struct Felt {
+    events: ResourceEvents,
+    oom_kill: Option<Instant>,
+    fork_refused: Option<Instant>,
+    /// Whether the jail kills, so that the program's end says nothing of itself.
+    killing: bool,
+    exhausted: Option<Resource>,
+}
+
+impl Felt {
+    fn update(&mut self, events: ResourceEvents) {
+        let now = Instant::now();
+        if events.oom_kills > self.events.oom_kills {
+            self.oom_kill = Some(now);
+        }
+        if events.forks_refused > self.events.forks_refused {
+            self.fork_refused = Some(now);
+        }
+        self.events = events;
+    }
+
+    fn ended(&mut self, exit: Exit) {
+        let related = |at: Option<Instant>| at.is_some_and(|at| at.elapsed() <= RELATED);
+        if self.killing || self.exhausted.is_some() {
+            return;
+        }
+        if exit.signal == Some(Raw::SIGKILL as i32) && related(self.oom_kill) {
+            self.exhausted = Some(Resource::Memory);
+        } else if !exit.success() && related(self.fork_refused) {
+            self.exhausted = Some(Resource::Pids);
+        }
+    }
 }
 
 impl Supervisor {
@@ -246,9 +423,17 @@ impl Supervisor {
         // If the jail is gone already, the first read says so.
         let _ = socket.write_all(&policy).await;
         let mut lines = BufReader::new(socket).lines();
-        let mut cpu_seconds = None;
+        let mut end: Option<(f64, Option<Io>)> = None;
         let mut nothing_started = false;
-        while let Ok(Some(line)) = lines.next_line().await {
+        loop {
+            let line = tokio::select! {
+                line = lines.next_line() => line,
+                () = rings(self.alarm.as_ref()) => {
+                    self.feel();
+                    continue;
+                }
+            };
+            let Ok(Some(line)) = line else { break };
             match serde_json::from_str(&line) {
                 Ok(Report::Confined(confined)) => self.set(|state| state.confined = Some(confined)),
                 Ok(Report::Started { pid }) => self.set(|state| state.started = Some(Ok(pid))),
@@ -256,13 +441,20 @@ impl Supervisor {
                     nothing_started = true;
                     self.set(|state| state.started = Some(Err((step, error))));
                 }
-                Ok(Report::Exited(exit)) => self.set(|state| state.exit = Some(exit)),
-                Ok(Report::Empty { cpu_seconds: seconds }) => cpu_seconds = Some(seconds),
+                Ok(Report::Exited(exit)) => {
+                    self.feel();
+                    self.felt.ended(exit);
+                    self.set(|state| state.exit = Some(exit));
+                }
+                Ok(Report::Seen(sample)) => self.set(|state| state.seen = Some(sample)),
+                Ok(Report::Exhausted(resource)) => self.felt.exhausted = Some(resource),
+                Ok(Report::Killing(_)) => self.felt.killing = true,
+                Ok(Report::Empty { cpu_seconds, io }) => end = Some((cpu_seconds, io)),
                 Err(error) => tracing::error!(name = self.name, %error, "a jail's report cannot be read"),
             }
         }
         let ended = self.child.wait().await;
-        let proven = cpu_seconds.is_some() || nothing_started;
+        let proven = end.is_some() || nothing_started;
         orphans::forget(self.jail, proven);
         if !proven {
             tracing::warn!(name = self.name, jail = self.jail, ?ended, "a jail was killed: ending what it leaves");
@@ -271,14 +463,75 @@ impl Supervisor {
                 sleep(AGAIN).await;
             }
         }
+        if let Some(group) = &self.group {
+            group.emptied().await;
+        }
+        self.feel();
+        let gone = Gone {
+            cpu_seconds: end.map(|(cpu_seconds, _)| cpu_seconds),
+            usage: self.usage(end),
+            events: self.felt.events,
+            exhausted: self.felt.exhausted,
+        };
+        // The last one that holds it: with this it is removed.
+        self.group = None;
         self.live.fetch_sub(1, Ordering::AcqRel);
         self.set(|state| {
             state.exit.get_or_insert(Exit { code: None, signal: None });
-            state.gone = Some(Gone { cpu_seconds });
+            state.gone = Some(gone);
         });
+    }
+
+    /// Looks how often the limits were felt.
+    fn feel(&mut self) {
+        if let Some(group) = &self.group {
+            let events = group.events(self.felt.events);
+            if events != self.felt.events {
+                self.felt.update(events);
+                self.set(|state| state.events = events);
+            }
+        }
+    }
+
+    /// All that was used, now that nothing is left.
+    fn usage(&self, end: Option<(f64, Option<Io>)>) -> Usage {
+        let counted = self.group.as_ref().map(|group| group.usage()).unwrap_or_default();
+        if !self.watched {
+            return counted;
+        }
+        let seen = self.state.borrow().seen.unwrap_or_default();
+        let seen = match end {
+            // Everything was waited for by now, so the jail's own account has all of it.
+            Some((cpu_seconds, io)) => Sample { cpu_seconds, io, ..seen },
+            None => seen,
+        };
+        // What was held at the last look is held no more.
+        let seen = Sample { memory_bytes: seen.memory_bytes.map(|_| 0), pids: seen.pids.map(|_| 0), ..seen };
+        counted.or(seen.into())
     }
 
     fn set(&self, change: impl FnOnce(&mut State)) {
         self.state.send_modify(change);
+    }
+}
+
+async fn rings(alarm: Option<&Alarm>) {
+    match alarm {
+        Some(alarm) => alarm.rings().await,
+        None => pending().await,
+    }
+}
+
+impl From<Sample> for Usage {
+    fn from(sample: Sample) -> Self {
+        Self {
+            cpu_seconds: Some(sample.cpu_seconds),
+            memory_bytes: sample.memory_bytes,
+            memory_peak_bytes: sample.memory_peak_bytes,
+            pids: sample.pids,
+            pids_peak: sample.pids_peak,
+            read_bytes: sample.io.map(|io| io.read),
+            written_bytes: sample.io.map(|io| io.written),
+        }
     }
 }

@@ -1,6 +1,9 @@
 //! What the sidecar and a jail say to each other over their socket: one JSON value per line.
 
+use super::cgroup::Layout;
 use super::confine::{Confined, Confinement};
+use super::resources::Resource;
+use super::watch::{Io, Sample, Watch};
 use super::{Exit, Signal, Spec};
 use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
@@ -20,6 +23,9 @@ pub(super) struct Policy {
     pub(super) oom_score_adj: Option<i32>,
     pub(super) umask: Option<u32>,
     pub(super) confinement: Option<Confinement>,
+    /// The group that the program joins, and that is killed with it.
+    pub(super) group: Option<Layout>,
+    pub(super) watch: Option<Watch>,
 }
 
 impl Policy {
@@ -35,6 +41,8 @@ impl Policy {
             oom_score_adj: spec.oom_score_adj,
             umask: spec.umask,
             confinement: spec.confinement.clone(),
+            group: None,
+            watch: None,
         }
     }
 
@@ -116,8 +124,14 @@ pub(super) enum Report {
     Failed { step: String, error: String },
     /// The main program has ended.
     Exited(Exit),
+    /// What was seen when it changed.
+    Seen(Sample),
+    /// A limit that is watched is reached: everything is killed.
+    Exhausted(Resource),
+    /// From here on the jail kills, the program too if it still runs.
+    Killing(bool),
     /// Nothing is left.
-    Empty { cpu_seconds: f64 },
+    Empty { cpu_seconds: f64, io: Option<Io> },
 }
 
 /// One line, with its end.
@@ -137,6 +151,7 @@ mod tests {
         assert_eq!(line(&Command::Kill(true)).unwrap(), b"{\"kill\":true}\n");
         let exit = Exit { code: Some(3), signal: None };
         assert_eq!(line(&Report::Exited(exit)).unwrap(), b"{\"exited\":{\"code\":3,\"signal\":null}}\n");
+        assert_eq!(line(&Report::Exhausted(Resource::Pids)).unwrap(), b"{\"exhausted\":\"pids\"}\n");
         assert_eq!(line(&Report::Started { pid: 5 }).unwrap(), b"{\"started\":{\"pid\":5}}\n");
     }
 

@@ -22,6 +22,10 @@ pub struct Stat {
     pub parent: i32,
     /// The session it is in.
     pub session: i32,
+    /// User and system time of it and of the children that it has waited for, in the kernel's ticks.
+    pub(super) cpu_ticks: u64,
+    /// How many threads it has.
+    pub(super) threads: u64,
 }
 
 impl Stat {
@@ -37,7 +41,11 @@ impl Stat {
         let parent = fields.next()?.parse().ok()?;
         let _group = fields.next()?;
         let session = fields.next()?.parse().ok()?;
-        Some(Self { pid: pid.trim().parse().ok()?, name: name.to_owned(), state, parent, session })
+        // Terminal, its group, flags and four kinds of page faults come before the times; priority and niceness after.
+        let mut times = fields.skip(7).map(|field| field.parse().unwrap_or(0));
+        let cpu_ticks = times.by_ref().take(4).sum();
+        let threads = times.nth(2).unwrap_or(1);
+        Some(Self { pid: pid.trim().parse().ok()?, name: name.to_owned(), state, parent, session, cpu_ticks, threads })
     }
 
     /// Whether it has ended and only waits to be reaped.
@@ -112,8 +120,10 @@ mod tests {
 
     #[test]
     fn a_plain_line() {
-        let stat = Stat::parse("4242 (sleep) S 17 4242 4240 0 -1 4194304 95 0 0 0").unwrap();
-        assert_eq!(stat, Stat { pid: 4242, name: "sleep".into(), state: 'S', parent: 17, session: 4240 });
+        let line = "4242 (sleep) S 17 4242 4240 0 -1 4194304 95 0 0 0 11 22 33 44 20 0 5 0 123456 6000000 300 1844";
+        let stat = Stat::parse(line).unwrap();
+        let name = "sleep".to_owned();
+        assert_eq!(stat, Stat { pid: 4242, name, state: 'S', parent: 17, session: 4240, cpu_ticks: 110, threads: 5 });
         assert!(!stat.is_zombie());
     }
 

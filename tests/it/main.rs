@@ -1,6 +1,7 @@
 //! The one integration test binary.
 
 mod broker;
+mod cgroup;
 mod cli;
 mod confine;
 mod docs;

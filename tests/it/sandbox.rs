@@ -13,35 +13,36 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 
-const DEADLINE: Duration = Duration::from_secs(30);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
 const MARK: &str = "SANDBOX_TEST_MARK";
 
-struct Bench {
-    sandbox: Sandbox,
-    tasks: Tasks,
+/// A sandbox of its own, and who lives in it.
+pub(crate) struct Bench {
+    pub(crate) sandbox: Sandbox,
+    pub(crate) tasks: Tasks,
     mark: String,
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let tasks = Tasks::new();
         let sandbox = Sandbox::new(PathBuf::from(env!("CARGO_BIN_EXE_opencode-sidecar")), tasks.clone()).unwrap();
         Self { sandbox, tasks, mark: uuid::Uuid::new_v4().to_string() }
     }
 
-    fn sh(&self, script: &str) -> Spec {
+    pub(crate) fn sh(&self, script: &str) -> Spec {
         let mut spec = Spec::new("test", "/bin/sh");
         spec.args = vec!["-c".into(), script.into()];
         spec.env = vec![("PATH".into(), "/usr/bin:/bin".into()), (MARK.into(), self.mark.clone().into())];
         spec
     }
 
-    async fn start(&self, script: &str) -> Process {
+    pub(crate) async fn start(&self, script: &str) -> Process {
         self.sandbox.start(self.sh(script)).await.unwrap()
     }
 
     /// Everything that lives and has this test's mark in its environment.
-    fn living(&self) -> Vec<i32> {
+    pub(crate) fn living(&self) -> Vec<i32> {
         let mark = format!("{MARK}={}", self.mark);
         let entries = std::fs::read_dir("/proc").unwrap().flatten();
         let pids = entries.filter_map(|entry| entry.file_name().to_str().and_then(|name| name.parse().ok()));
@@ -52,7 +53,7 @@ impl Bench {
         .collect()
     }
 
-    async fn nothing_is_left(self) {
+    pub(crate) async fn nothing_is_left(self) {
         assert_eq!(self.living(), Vec::<i32>::new());
         assert_eq!(self.sandbox.live(), 0);
         self.tasks.stop(DEADLINE).await.unwrap();
@@ -60,14 +61,14 @@ impl Bench {
 }
 
 /// The parent of a program is its jail.
-fn jail_of(process: &Process) -> Pid {
+pub(crate) fn jail_of(process: &Process) -> Pid {
     let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid())).unwrap();
     let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).unwrap();
     Pid::from_raw(parent.trim().parse().unwrap())
 }
 
 /// Waits for the program to write a line.
-async fn line(process: &mut Process) -> String {
+pub(crate) async fn line(process: &mut Process) -> String {
     let mut line = String::new();
     BufReader::new(process.take_stdout().unwrap()).read_line(&mut line).await.unwrap();
     line

@@ -91,8 +91,8 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[];
 /// Tests that wait for time to pass: the file and why no level can be waited for.
 const SLEEPS: &[(&str, &str)] = &[];
 
-/// The one way in which a test may not run: it is reported, with its reason.
-const ONLY_AS_ROOT: &str = "cfg_attr(not(as_root), ignore =";
+/// The ways in which a test may not run: it is reported, with its reason.
+const ONLY_WITH: [&str; 2] = ["cfg_attr(not(as_root), ignore =", "cfg_attr(not(cgroups), ignore ="];
 
 /// Longest file, in lines.
 const LONGEST: usize = 700;
@@ -363,7 +363,7 @@ fn files_can_be_read() {
             assert!(lines <= LONGEST, "{path} has {lines} lines; split it at {LONGEST}");
             let is_part = source.path.ends_with("tests.rs");
             assert!(is_part || source.text.starts_with("//!"), "{path} does not begin with what it is for (`//!`)");
-            let without = source.code.replace(ONLY_AS_ROOT, "");
+            let without = ONLY_WITH.iter().fold(source.code.clone(), |code, with| code.replace(with, ""));
             assert!(!mentions(&without, "ignore"), "{path}: a test that does not run shows nothing");
         }
     }
