@@ -19,7 +19,8 @@ use crate::notify::Notifier;
 use crate::opencode::OPENCODE_VERSION;
 use crate::opencode::launch::{Ports, find_command};
 use crate::opencode::profile::Profile;
-use crate::sandbox::Sandbox;
+use crate::protection::Protections;
+use crate::sandbox::{Resources, Sandbox};
 use crate::sessions::{Sessions, Wanted};
 use crate::store::{DatabaseOptions, Embedded, EmbeddedError, Store, StoreError};
 use crate::tasks::Tasks;
@@ -38,6 +39,8 @@ use uuid::Uuid;
 
 /// Connections to the database.
 const CONNECTIONS: u32 = 10;
+/// How often memory and number of a session's processes are looked at where no control group holds them.
+const LIMITS_LOOK: Duration = Duration::from_millis(200);
 /// How long the database may be away at the start.
 const DATABASE_WAIT: Duration = Duration::from_secs(60);
 /// How long the streams and connections may take to end.
@@ -211,18 +214,6 @@ pub struct App {
     state: StateDir,
 }
 
-/// The protections that sessions have in this version, and why none may start where more are required.
-fn protections(mode: SandboxMode) -> (Vec<String>, Option<String>) {
-    let refused = match mode {
-        SandboxMode::Required => Some(
-            "SANDBOX=required, but this version has no sandbox yet. SANDBOX=off runs the agent unconfined.".to_owned(),
-        ),
-        SandboxMode::BestEffort | SandboxMode::Off => None,
-    };
-    // What the jail gives without confining anything: whatever a session starts ends with it.
-    (vec!["subreaper".to_owned()], refused)
-}
-
 impl App {
     /// Builds everything. `executable` is this program's own file: the jail and the shell tap are it.
     ///
@@ -232,7 +223,14 @@ impl App {
         let tasks = Tasks::new();
         let metrics = Metrics::new()?;
         let state = StateDir::open(&config.state_dir)?;
-        let sandbox = Sandbox::new(executable.clone(), tasks.clone()).map_err(StartError::Sandbox)?;
+        let mut sandbox = Sandbox::new(executable.clone(), tasks.clone()).map_err(StartError::Sandbox)?;
+        if config.sandbox != SandboxMode::Off {
+            // Before anything else runs: it ends what an earlier life left in its groups.
+            let instance = state.instance.to_string();
+            let claimed = tasks.spawn_blocking(move || Resources::claim(&instance, LIMITS_LOOK)).await;
+            sandbox = sandbox.with_resources(claimed.unwrap_or_else(|_| Resources::watched(LIMITS_LOOK)));
+        }
+        let protections = Protections::of(&config, &sandbox).await;
         let workspace = Workspace::open(&config.workspace_dir)?;
         if let Some(why) = workspace.unshared() {
             tracing::warn!("{why}");
@@ -252,10 +250,6 @@ impl App {
         )
         .await?;
         let events = Events::start(database.store.clone(), config.project_id.clone(), metrics.clone(), &tasks);
-        let (protections, refused) = protections(config.sandbox);
-        if config.sandbox != SandboxMode::Required {
-            tracing::warn!("no sandbox: the agent can reach whatever this process can (SANDBOX)");
-        }
         let default_model = config.default_model.as_ref().map(|model| {
             let choice = ModelChoice {
                 provider: model.provider,
@@ -283,7 +277,8 @@ impl App {
                 executable,
                 directory: config.state_dir.join("sessions"),
                 confined: config.sandbox != SandboxMode::Off,
-                refused: refused.clone(),
+                refused: protections.refused.clone(),
+                require: protections.require.clone(),
                 start_timeout: config.start_timeout,
                 first_event_timeout: config.first_event_timeout,
                 stall_timeout: config.stall_timeout,
@@ -311,7 +306,7 @@ impl App {
                     default_model,
                     keyring: config.keyring.clone(),
                 },
-                protections,
+                protections: protections.names.clone(),
                 session_idle: config.session_idle_timeout,
             },
             database.store.clone(),
@@ -328,7 +323,7 @@ impl App {
         let auth = Auth::new(config.shared_secret.clone(), config.auth_off);
         let readiness = Ready {
             mode: config.sandbox,
-            refused,
+            protections,
             auth: auth.clone(),
             open_streams: config.sessions_stream_unauthenticated,
             embedded: database.embedded.is_some(),
@@ -435,7 +430,7 @@ fn notifier(
 #[derive(Clone, Debug)]
 struct Ready {
     mode: SandboxMode,
-    refused: Option<String>,
+    protections: Protections,
     auth: Auth,
     /// `SESSIONS_STREAM_UNAUTHENTICATED`
     open_streams: bool,
@@ -488,10 +483,9 @@ impl Ready {
             ),
             None => checks.with("opencode", "ok", Some("not started yet")),
         };
-        checks = match (&self.refused, self.mode) {
-            (Some(why), _) => checks.failing("sandbox", "failed", Some(why)),
-            (None, SandboxMode::Off) => checks.with("sandbox", "off", Some("SANDBOX=off: the agent is not confined")),
-            (None, _) => checks.with("sandbox", "degraded", Some("this version has no sandbox yet")),
+        checks = match self.protections.state(self.mode) {
+            ("failed", detail) => checks.failing("sandbox", "failed", Some(&detail)),
+            (state, detail) => checks.with("sandbox", state, Some(&detail)),
         };
         checks = checks.with("journal", "off", Some("this version writes to the database before it shows an event"));
         checks = match is_ephemeral(&self.state_dir) {

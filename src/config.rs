@@ -8,7 +8,7 @@ mod reference;
 
 pub use reference::{Variable, not_yet, reference};
 
-use crate::model::task::{Limits, Provider};
+use crate::model::task::{LEAST_CPU_MILLIS, LEAST_DISK, LEAST_MEMORY, LEAST_PIDS, Limits, Provider};
 use crate::secrets::{Keyring, SealingKey};
 use crate::telemetry::LogFormat;
 use read::Reader;
@@ -73,6 +73,8 @@ pub struct Config {
     pub warm_pool_size: usize,
     pub session_port_range: RangeInclusive<u16>,
     pub sandbox: SandboxMode,
+    /// What has to be in force with `SANDBOX=required`, by name.
+    pub sandbox_require: Vec<String>,
     pub opencode_command: Option<PathBuf>,
     pub default_model: Option<DefaultModel>,
     /// Opens keys that come encrypted; `None`: such are refused.
@@ -167,6 +169,7 @@ impl Config {
                     ("off", SandboxMode::Off),
                 ],
             ),
+            sandbox_require: r.words("SANDBOX_REQUIRE", PROTECTIONS),
             opencode_command: r.path("OPENCODE_COMMAND"),
             default_model: default_model(&mut r),
             keyring: keyring(&mut r),
@@ -181,6 +184,10 @@ impl Config {
                 model_calls: r.number("SESSION_MODEL_CALLS", 1, 1_000_000),
                 total_tokens: r.number("SESSION_TOTAL_TOKENS", 1, 1_000_000_000_000),
                 output_bytes: r.bytes("SESSION_OUTPUT_BYTES", 1 << 40),
+                memory_bytes: r.optional_bytes("SESSION_MEMORY_BYTES", LEAST_MEMORY, 1 << 44),
+                pids: r.optional_number("SESSION_PIDS", LEAST_PIDS, 4_194_304),
+                cpu_millis: r.optional_number("SESSION_CPU_MILLIS", LEAST_CPU_MILLIS, 1_000_000),
+                disk_bytes: r.optional_bytes("SESSION_DISK_BYTES", LEAST_DISK, 1 << 50),
             },
         };
         check_ports(&config, &mut r);
@@ -190,6 +197,26 @@ impl Config {
         r.finish(config)
     }
 }
+
+/// What `SANDBOX_REQUIRE` can name: every protection of [`sandbox`](crate::sandbox), and four that are not the jail's.
+pub const PROTECTIONS: &[&str] = &[
+    "capabilities",
+    "cgroup",
+    "disk",
+    "egress",
+    "landlock_fs",
+    "landlock_ioctl_dev",
+    "landlock_net",
+    "landlock_refer",
+    "landlock_scope",
+    "landlock_truncate",
+    "landlock_unix",
+    "netns",
+    "no_new_privs",
+    "scope",
+    "seccomp",
+    "uid",
+];
 
 const HOUR: u64 = 3600;
 const DAY: u64 = 24 * HOUR;

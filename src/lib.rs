@@ -26,7 +26,8 @@
 //! | | [`notify`] | tells the backend how its sessions stand |
 //! | | [`console`] | shows a run, a log, a history at a terminal |
 //! | | [`scripted`] | the scripted model for demo, tests and benchmarks; it knows nothing of the rest |
-//! | wiring | [`host`] | this process: its file, the signals that end it, errors at a terminal |
+//! | wiring | [`protection`] | what sessions are protected by on this host |
+//! | | [`host`] | this process: its file, the signals that end it, errors at a terminal |
 //! | | [`app`] | builds every part once, and takes it down again |
 //! | | [`demo`] | one real task for a person to watch: a client of an [`app`] of its own |
 //! | | [`cli`] | the subcommands |
@@ -95,6 +96,7 @@ pub mod host;
 pub mod model;
 pub mod notify;
 pub mod opencode;
+pub mod protection;
 pub mod sandbox;
 pub mod scripted;
 pub mod secrets;

@@ -58,6 +58,7 @@ impl Direct {
             workdir: workspace.clone(),
             env,
             confinement: None,
+            limits: None,
             deadline: patience,
             stop: CancellationToken::new(),
         };

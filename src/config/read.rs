@@ -136,6 +136,25 @@ impl<'a> Reader<'a> {
         self.required(name, 0, &expected, |text| bytes(text).filter(|bytes| (1..=most).contains(bytes)))
     }
 
+    pub(super) fn optional_bytes(&mut self, name: &'static str, least: u64, most: u64) -> Option<u64> {
+        let expected = format!("bytes from {least} to {most}, such as 1073741824 or 1 GiB");
+        self.optional(name, &expected, |text| bytes(text).filter(|bytes| (least..=most).contains(bytes)))
+    }
+
+    pub(super) fn optional_number(&mut self, name: &'static str, least: u64, most: u64) -> Option<u64> {
+        let expected = format!("a whole number from {least} to {most}");
+        self.optional(name, &expected, |text| number(text, least, most))
+    }
+
+    /// Words of a list, separated by commas.
+    pub(super) fn words(&mut self, name: &'static str, known: &[&str]) -> Vec<String> {
+        let expected = format!("names separated by commas, each one of {}", known.join(", "));
+        self.required(name, Vec::new(), &expected, |text| {
+            let words: Vec<String> = text.split(',').map(|word| word.trim().to_owned()).collect();
+            words.iter().all(|word| known.contains(&word.as_str())).then_some(words)
+        })
+    }
+
     pub(super) fn word<T: Copy>(&mut self, name: &'static str, words: &[(&str, T)]) -> T {
         // The words are constants of the caller, never none.
         let spare = words[0].1;

@@ -34,7 +34,10 @@ fn an_empty_environment_gives_the_contracts_defaults() {
         assert_eq!((c.max_prompt_length, c.model_max_failures), (50_000, 5));
         assert_eq!(c.session_port_range, 20000..=20999);
         assert_eq!(c.sandbox, SandboxMode::Required);
-        assert_eq!(c.limits, Limits { output_bytes: 64 << 20, model_calls: 200, total_tokens: 5_000_000 });
+        assert_eq!(
+            c.limits,
+            Limits { output_bytes: 64 << 20, model_calls: 200, total_tokens: 5_000_000, ..Limits::default() }
+        );
         let seconds = [
             (c.task_timeout, 3600),
             (c.stall_timeout, 300),
@@ -104,6 +107,11 @@ fn each_variable_is_read_and_checked() {
         ("SESSION_MODEL_CALLS", "1", &["0", "x"]),
         ("SESSION_TOTAL_TOKENS", "1", &["0", "x"]),
         ("SESSION_OUTPUT_BYTES", "1 MiB", &["0", "x"]),
+        ("SESSION_MEMORY_BYTES", "1 GiB", &["0", "255 MiB", "x"]),
+        ("SESSION_PIDS", "64", &["63", "x"]),
+        ("SESSION_CPU_MILLIS", "1500", &["9", "x"]),
+        ("SESSION_DISK_BYTES", "1 GiB", &["1", "x"]),
+        ("SANDBOX_REQUIRE", "cgroup, uid", &["landlock", "cgroup,"]),
     ];
     for (name, good, bads) in cases {
         assert!(read(&[(name, good)]).is_ok(), "{name}={good}: {:?}", read(&[(name, good)]).err());

@@ -4,7 +4,7 @@
 
 use super::models;
 use crate::model::request::{LimitsRequest, ModelConfig, OnRestart, PermissionMode, TaskRequest};
-use crate::model::task::{Limits, ModelChoice, Task};
+use crate::model::task::{LEAST_CPU_MILLIS, LEAST_DISK, LEAST_MEMORY, LEAST_PIDS, Limits, ModelChoice, Task};
 use crate::secrets::Keyring;
 use crate::workspace::is_plain_relative;
 use secrecy::SecretString;
@@ -180,23 +180,23 @@ pub(super) fn name(field: &str, value: &str) -> Result<(), FieldError> {
 }
 
 fn limits(asked: &LimitsRequest, ceilings: &Limits) -> Result<Limits, FieldError> {
-    for (field, value) in [
-        ("limits.memory_bytes", asked.memory_bytes),
-        ("limits.cpu_millis", asked.cpu_millis),
-        ("limits.pids", asked.pids),
-        ("limits.disk_bytes", asked.disk_bytes),
-    ] {
-        if value.is_some() {
-            return refuse(field, NOT_YET);
-        }
-    }
     let within = |field: &str, value: Option<u64>, ceiling: u64| match value {
         None => Ok(ceiling),
         Some(0) => refuse(field, "must be at least 1"),
         Some(value) if value > ceiling => refuse(field, format!("may be at most {ceiling}, the configured ceiling")),
         Some(value) => Ok(value),
     };
+    // Without a configured ceiling any value lowers it. Less than these and OpenCode itself could not start.
+    let lowered = |field: &str, value: Option<u64>, ceiling: Option<u64>, least: u64| match value {
+        None => Ok(ceiling),
+        Some(value) if value < least => refuse(field, format!("must be at least {least}")),
+        Some(value) => within(field, Some(value), ceiling.unwrap_or(u64::MAX)).map(Some),
+    };
     Ok(Limits {
+        memory_bytes: lowered("limits.memory_bytes", asked.memory_bytes, ceilings.memory_bytes, LEAST_MEMORY)?,
+        pids: lowered("limits.pids", asked.pids, ceilings.pids, LEAST_PIDS)?,
+        cpu_millis: lowered("limits.cpu_millis", asked.cpu_millis, ceilings.cpu_millis, LEAST_CPU_MILLIS)?,
+        disk_bytes: lowered("limits.disk_bytes", asked.disk_bytes, ceilings.disk_bytes, LEAST_DISK)?,
         output_bytes: within("limits.output_bytes", asked.output_bytes, ceilings.output_bytes)?,
         model_calls: within("limits.model_calls", asked.model_calls, ceilings.model_calls)?,
         total_tokens: within("limits.total_tokens", asked.total_tokens, ceilings.total_tokens)?,
@@ -213,7 +213,7 @@ mod tests {
         Ceilings {
             task_timeout_seconds: 100,
             max_prompt_length: 20,
-            limits: Limits { output_bytes: 1000, model_calls: 10, total_tokens: 5000 },
+            limits: Limits { output_bytes: 1000, model_calls: 10, total_tokens: 5000, ..Limits::default() },
             default_model: None,
             keyring: None,
         }

@@ -215,9 +215,10 @@ impl Kept {
     /// parked: whatever the execution had started ends with it.
     pub(super) async fn give_back(&self, mut session: Session, settled: bool) -> Ended {
         if settled && session.is_alive() && self.ended_at().is_none() {
+            let usage = session.usage();
             session.rest();
             self.lock().process = Process::Resting { session: Box::new(session), since: Instant::now() };
-            return Ended { cpu_seconds: None, nothing_left: true };
+            return Ended { usage, nothing_left: true, ..Ended::default() };
         }
         let (ended, parked) = session.park(settled).await;
         if self.ended_at().is_some() {
@@ -253,9 +254,9 @@ impl Kept {
             Process::Resting { session, .. } => session.end(true).await,
             Process::Parked(parked) => {
                 parked.discard();
-                Ended { cpu_seconds: None, nothing_left: true }
+                Ended { nothing_left: true, ..Ended::default() }
             }
-            Process::Away => Ended { cpu_seconds: None, nothing_left: true },
+            Process::Away => Ended { nothing_left: true, ..Ended::default() },
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::model::{ExecutionId, ExecutionRecord, Reason, Status, Usage};
 use crate::opencode::launch::LaunchError;
 use crate::opencode::outcome::Failure;
 use crate::opencode::profile::Profile;
-use crate::sessions::{Ended, Observer, Progress, Run, Session, SessionError, Wanted};
+use crate::sessions::{Ended, Measured, Observer, Progress, Run, Session, SessionError, Wanted};
 use chrono::{DateTime, Utc};
 use secrecy::SecretString;
 use serde_json::json;
@@ -141,10 +141,10 @@ impl Owner {
     /// Runs it, to its last event. `false` where something of its session could not be ended.
     pub(super) async fn live(&self, shared: &Shared, api_key: SecretString) -> bool {
         let started = self.step(Command::Start, Vec::new());
-        let (ended, failure) = match started {
+        let (ended, before, failure) = match started {
             Ok(_) => self.work(shared, api_key).await,
             // Its end was asked for in the moment of its turn.
-            Err(_) => (Ended { nothing_left: true, ..Ended::default() }, None),
+            Err(_) => (Ended { nothing_left: true, ..Ended::default() }, Measured::default(), None),
         };
         let mut last_words = Vec::new();
         if !ended.nothing_left {
@@ -160,7 +160,7 @@ impl Owner {
         }
         let usage = {
             let mut work = self.lock();
-            work.record.usage.cpu_seconds = ended.cpu_seconds;
+            ended.account(&before, &mut work.record.usage);
             work.current_tool = None;
             work.record.usage.clone()
         };
@@ -186,18 +186,25 @@ impl Owner {
     }
 
     /// Gets a session, runs the task in it, and ends it. When this returns, [`Command::End`] was taken.
-    async fn work(&self, shared: &Shared, api_key: SecretString) -> (Ended, Option<Failure>) {
+    async fn work(&self, shared: &Shared, api_key: SecretString) -> (Ended, Measured, Option<Failure>) {
         let record = self.lock().record.clone();
         let deadline = Instant::now() + record.task.timeout();
         shared.make_room().await;
         let session = self.session(shared, &record, api_key, deadline).await;
         let (mut session, warm) = match session {
             Ok(session) => session,
-            Err(failure) => return (Ended { nothing_left: true, ..Ended::default() }, self.failed(failure)),
+            Err(failure) => {
+                let nothing = Ended { nothing_left: true, ..Ended::default() };
+                return (nothing, Measured::default(), self.failed(failure));
+            }
         };
+        let protections = session.protections();
+        self.lock().record.protections.clone_from(&protections);
+        // A process of its own was started for it, or ahead for it.
+        let before = if self.kept.is_some() { session.usage() } else { Measured::default() };
         let mut started = NewEvent::log(Severity::Info, "session_started", "OpenCode runs.");
         started.data["warm"] = json!(warm);
-        started.data["protections"] = json!(record.protections);
+        started.data["protections"] = json!(protections);
         self.writer.append(started).await;
         if let Some(unknown) =
             self.kept.as_ref().filter(|_| record.ordinal == Some(NonZeroU32::MIN)).map(|k| &k.ignored)
@@ -232,7 +239,7 @@ impl Owner {
             Some(kept) => kept.give_back(session, ending.settled).await,
             None => session.end(ending.reason == Reason::Finished).await,
         };
-        (ended, failure)
+        (ended, before, failure)
     }
 
     fn failed(&self, failure: Failure) -> Option<Failure> {

@@ -130,16 +130,16 @@ pub struct ModelConfig {
 #[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LimitsRequest {
-    /// Not supported by this version.
+    /// Memory of all processes of the session together; at least 256 MiB.
     #[serde(default)]
     pub memory_bytes: Option<u64>,
-    /// Not supported by this version.
+    /// Thousandths of one CPU; at least 10.
     #[serde(default)]
     pub cpu_millis: Option<u64>,
-    /// Not supported by this version.
+    /// Processes and threads; at least 64.
     #[serde(default)]
     pub pids: Option<u64>,
-    /// Not supported by this version.
+    /// Bytes added to the disk; at least 1 MiB.
     #[serde(default)]
     pub disk_bytes: Option<u64>,
     /// Bytes of shell output.

@@ -127,8 +127,17 @@ impl ModelChoice {
     }
 }
 
+/// The least memory of a session, in bytes: OpenCode alone takes some 400 MiB after a few prompts.
+pub const LEAST_MEMORY: u64 = 256 << 20;
+/// The fewest processes and threads of a session.
+pub const LEAST_PIDS: u64 = 64;
+/// The least CPU time of a session, in thousandths of one CPU.
+pub const LEAST_CPU_MILLIS: u64 = 10;
+/// The fewest bytes that a session may add to the disk: OpenCode's own database takes some of them.
+pub const LEAST_DISK: u64 = 1 << 20;
+
 /// Ceilings of one execution that hold in this version; each is at most the configured one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Limits {
     /// Bytes of shell output that are kept; more ends the run.
     pub output_bytes: u64,
@@ -136,4 +145,16 @@ pub struct Limits {
     pub model_calls: u64,
     /// Tokens in and out, as the provider counts them.
     pub total_tokens: u64,
+    /// Of all processes of the session together; more ends what takes it. Absent: no limit of its own.
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
+    /// Processes and threads of the session; more are refused.
+    #[serde(default)]
+    pub pids: Option<u64>,
+    /// Thousandths of one CPU for the whole session.
+    #[serde(default)]
+    pub cpu_millis: Option<u64>,
+    /// Bytes that may be added to the disk while the session lives; more ends the run.
+    #[serde(default)]
+    pub disk_bytes: Option<u64>,
 }

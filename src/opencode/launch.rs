@@ -5,7 +5,7 @@
 
 use super::profile::Directories;
 use crate::sandbox::confine::Confinement;
-use crate::sandbox::{Process, Sandbox, Signal, Spec, StartError};
+use crate::sandbox::{Limits, Process, Sandbox, Signal, Spec, StartError};
 use crate::tasks::Tasks;
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -117,6 +117,8 @@ pub struct Launch {
     pub env: Vec<(OsString, OsString)>,
     /// What it is confined to, but for its ports; not at all without it.
     pub confinement: Option<Confinement>,
+    /// What it may use, with all that descends from it; neither limited nor measured without it.
+    pub limits: Option<Limits>,
     /// From the start to the line that says it listens.
     pub deadline: Duration,
     /// Calls the start off.
@@ -166,7 +168,7 @@ async fn launch_once(sandbox: &Sandbox, tasks: &Tasks, ports: &Ports, launch: &L
             // The workspace is shared by its group (see `workspace`); what is the session's own has modes of its own.
             umask: Some(0o002),
             confinement,
-            limits: None,
+            limits: launch.limits,
         })
         .await?;
     let lines = Lines::default();

@@ -14,14 +14,17 @@ mod run;
 mod session;
 mod shell;
 
+pub use crate::sandbox::Usage as Measured;
 pub use run::{Ending, Observer, Progress, Run};
 pub use session::{Ended, Parked, Session, SessionError, Wanted};
 
 use crate::broker::Broker;
 use crate::opencode::launch::Ports;
 use crate::sandbox::Sandbox;
+use crate::sandbox::confine::Protection;
 use crate::tasks::Tasks;
 use crate::telemetry::Metrics;
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -38,6 +41,8 @@ pub struct Settings {
     pub directory: PathBuf,
     /// Whether sessions are confined, as far as this host can do that.
     pub confined: bool,
+    /// What the jail of each session has to have done, or it does not start.
+    pub require: BTreeSet<Protection>,
     /// Why no session may start (a required protection is missing), for people.
     pub refused: Option<String>,
     /// From exec to listening.

@@ -14,6 +14,7 @@ use crate::opencode::client::{Client, ClientError, EventStream, Prompt};
 use crate::opencode::outcome::{Evidence, Failure, ModelEvidence, Verdict, decide, decide_at_last};
 use crate::opencode::translate::{Signal, Step, Translator};
 use crate::opencode::wire::{MessageInfo, RawEvent};
+use crate::sandbox::{Added, Disk, ProcessHandle, Resource, ResourceEvents};
 use crate::telemetry::ModelCallOutcome;
 use chrono::Utc;
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -28,6 +29,8 @@ const TICK: Duration = Duration::from_secs(1);
 const SILENCE: Duration = Duration::from_secs(45);
 /// How long an idle OpenCode may take to complete its last message.
 const SETTLE: Duration = Duration::from_secs(5);
+/// How long no limit is spoken of after one was.
+const QUIET: Duration = Duration::from_secs(1);
 /// How many shell commands of one run may send output at the same time.
 const MAX_SHELLS: usize = 64;
 
@@ -85,7 +88,7 @@ impl Run<'_> {
     pub async fn run(&self, session: &mut Session) -> Ending {
         let prepared = tokio::select! {
             prepared = self.prepare(session) => prepared,
-            exit = session.server.process.exited() => Err(crashed(session, &exit.to_string())),
+            exit = session.server.process.exited() => Err(crashed(session, &exit.to_string()).await),
             () = self.stop.cancelled() => return stopped(),
             () = tokio::time::sleep_until(self.deadline) => Err(timed_out(self.task)),
         };
@@ -177,9 +180,47 @@ fn progress_of(translator: &Translator, usage: Usage) -> Progress {
     }
 }
 
-fn crashed(session: &Session, how: &str) -> Failure {
+/// OpenCode has ended by itself, or for want of something. Its jail ends the rest, and then says which.
+async fn crashed(session: &Session, how: &str) -> Failure {
     tracing::warn!(how, lines = session.server.last_lines(), "OpenCode ended by itself");
-    Failure::new(Reason::OpencodeCrashed, "opencode_crashed", format!("The OpenCode process ended by itself ({how})."))
+    let gone = tokio::time::timeout(SETTLE, session.server.process.gone()).await;
+    match gone.ok().and_then(|gone| gone.exhausted) {
+        Some(Resource::Memory) => Failure::new(
+            Reason::OomKilled,
+            "oom_killed",
+            "The session's memory was used up, and OpenCode itself was ended for it.",
+        ),
+        Some(Resource::Pids) => Failure::new(
+            Reason::PidsExhausted,
+            "pids_exhausted",
+            "The session had as many processes as it may, and OpenCode itself ended for want of one.",
+        ),
+        None => {
+            let message = format!("The OpenCode process ended by itself ({how}).");
+            Failure::new(Reason::OpencodeCrashed, "opencode_crashed", message)
+        }
+    }
+}
+
+/// Waits until more was felt than is known; not sooner than a moment after the last time.
+async fn felt(process: &ProcessHandle, known: ResourceEvents, quiet_until: &mut Instant) -> ResourceEvents {
+    tokio::time::sleep_until(*quiet_until).await;
+    let events = process.resource_events_beyond(known).await;
+    *quiet_until = Instant::now() + QUIET;
+    events
+}
+
+async fn disk_exhausted(disk: Option<&Disk>) -> Added {
+    match disk {
+        Some(disk) => disk.exhausted().await,
+        None => std::future::pending().await,
+    }
+}
+
+fn disk_full(task: &Task, added: u64) -> Failure {
+    let limit = task.limits.disk_bytes.unwrap_or_default();
+    let message = format!("The session has added {added} bytes to the disk; it may add {limit}.");
+    Failure::new(Reason::DiskExhausted, "disk_exhausted", message)
 }
 
 fn timed_out(task: &Task) -> Failure {
@@ -236,6 +277,8 @@ impl<'a> State<'a> {
         let mut output = self.shells.output();
         let mut reports = self.session.lease.take_reports();
         let process = self.session.server.process.handle();
+        let mut known = process.resource_events();
+        let mut quiet_until = Instant::now();
         let mut under_way = FuturesUnordered::new();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -246,7 +289,7 @@ impl<'a> State<'a> {
                 biased;
                 () = self.run.stop.cancelled() => break None,
                 () = tokio::time::sleep_until(self.run.deadline) => break Some(Err(timed_out(self.run.task))),
-                exit = process.exited() => break Some(Err(crashed(self.session, &exit.to_string()))),
+                exit = process.exited() => break Some(Err(crashed(self.session, &exit.to_string()).await)),
                 Ok(()) = facts.changed() => {
                     let facts = facts.borrow_and_update().clone();
                     self.exhausted(&facts).map(Err)
@@ -261,6 +304,12 @@ impl<'a> State<'a> {
                     self.session.shared.metrics.model_call(outcome_of(&report));
                     None
                 }
+                events = felt(&process, known, &mut quiet_until) => {
+                    self.felt(known, events).await;
+                    known = events;
+                    None
+                }
+                added = disk_exhausted(self.session.disk.as_ref()) => Some(Err(disk_full(self.run.task, added.bytes))),
                 Ok(()) = output.changed() => self.too_much_output(output.borrow_and_update().bytes).map(Err),
                 event = self.stream.next() => match event {
                     Ok(Some(event)) => self.event(&event).await,
@@ -278,11 +327,32 @@ impl<'a> State<'a> {
         }
     }
 
+    /// A limit was felt by something that the agent had started: it is said, and the run goes on.
+    async fn felt(&self, before: ResourceEvents, now: ResourceEvents) {
+        let remarks = [
+            (
+                now.oom_kills.saturating_sub(before.oom_kills),
+                "oom_kill",
+                "The session's memory was used up, and the kernel ended a process in it.",
+            ),
+            (
+                now.forks_refused.saturating_sub(before.forks_refused),
+                "fork_refused",
+                "The session has as many processes as it may: a new one was refused.",
+            ),
+        ];
+        for (count, code, message) in remarks.into_iter().filter(|(count, ..)| *count > 0) {
+            let mut remark = NewEvent::log(Severity::Warn, code, message);
+            remark.data["count"] = json!(count);
+            self.run.writer.append(remark).await;
+        }
+    }
+
     /// The stream may break just because the process ended; that is the better thing to say then.
     async fn lost_stream(&self, how: &str) -> Failure {
         let process = &self.session.server.process;
         match tokio::time::timeout(Duration::from_secs(1), process.exited()).await {
-            Ok(exit) => crashed(self.session, &exit.to_string()),
+            Ok(exit) => crashed(self.session, &exit.to_string()).await,
             Err(_) => Failure::new(
                 Reason::OpencodeUnresponsive,
                 "opencode_stream_lost",
@@ -474,7 +544,17 @@ impl<'a> State<'a> {
         let (input_tokens, output_tokens, cost) = self.translator.spent();
         let facts = self.session.lease.facts();
         let model_calls = facts.borrow().calls;
-        Usage { input_tokens, output_tokens, model_calls, cost, ..Usage::default() }
+        let measured = self.session.usage();
+        Usage {
+            input_tokens,
+            output_tokens,
+            model_calls,
+            cost,
+            memory_bytes: measured.memory_bytes,
+            memory_peak_bytes: measured.memory_peak_bytes,
+            pids: measured.pids,
+            ..Usage::default()
+        }
     }
 }
 

@@ -1,14 +1,15 @@
 //! One OpenCode process: started, primed, ended.
 
 use super::confinement::{Programs, confinement, search_path};
-use super::{InUse, Shared};
+use super::{InUse, Measured, Shared};
 use crate::broker::{Budget, Grant, Lease, Upstream};
-use crate::model::SessionId;
 use crate::model::task::Limits;
+use crate::model::{SessionId, Usage};
 use crate::opencode::OPENCODE_VERSION;
 use crate::opencode::client::{Client, ClientError, Prompt};
 use crate::opencode::launch::{Launch, LaunchError, Server, launch};
 use crate::opencode::profile::{Directories, Endpoints, Profile, config, environment};
+use crate::sandbox::{Disk, DiskSpec};
 use crate::secrets::random_token;
 use futures_util::FutureExt;
 use secrecy::{ExposeSecret, SecretString};
@@ -46,10 +47,17 @@ impl Wanted {
         Budget { model_calls: self.limits.model_calls, total_tokens: self.limits.total_tokens }
     }
 
+    fn resources(&self) -> crate::sandbox::Limits {
+        let Limits { memory_bytes, pids, cpu_millis, .. } = self.limits;
+        crate::sandbox::Limits { memory_bytes, pids, cpu_millis }
+    }
+
     /// Whether a session that was started for `other` does for this.
     pub(super) fn is_served_by(&self, other: &Self) -> bool {
         self.profile == other.profile
             && self.workdir == other.workdir
+            && self.resources() == other.resources()
+            && self.limits.disk_bytes == other.limits.disk_bytes
             && self.api_key.expose_secret() == other.api_key.expose_secret()
     }
 }
@@ -65,6 +73,8 @@ pub enum SessionError {
     Endpoint(#[source] url::ParseError),
     #[error("no random bytes")]
     Random(#[source] std::io::Error),
+    #[error("what it adds to the disk cannot be counted")]
+    Disk(#[source] std::io::Error),
     #[error("OpenCode did not start")]
     Launch(#[from] LaunchError),
     #[error("no client for OpenCode")]
@@ -80,8 +90,25 @@ pub enum SessionError {
 pub struct Ended {
     /// Of all its processes.
     pub cpu_seconds: Option<f64>,
+    /// The same and more, where it was measured.
+    pub usage: Measured,
     /// Whether it is proven that none of them is left.
     pub nothing_left: bool,
+}
+
+impl Ended {
+    /// Fills in what was used since `before`, which is nothing for a process that ran for this alone.
+    pub fn account(&self, before: &Measured, usage: &mut Usage) {
+        let since = |now: Option<u64>, before: Option<u64>| now.map(|now| now.saturating_sub(before.unwrap_or(0)));
+        let measured = &self.usage;
+        let cpu = measured.cpu_seconds.map(|now| (now - before.cpu_seconds.unwrap_or(0.0)).max(0.0));
+        usage.cpu_seconds = cpu.or(self.cpu_seconds);
+        usage.memory_bytes = measured.memory_bytes.or(usage.memory_bytes);
+        usage.memory_peak_bytes = measured.memory_peak_bytes.or(usage.memory_peak_bytes);
+        usage.pids = measured.pids_peak.or(usage.pids);
+        usage.read_bytes = since(measured.read_bytes, before.read_bytes);
+        usage.written_bytes = since(measured.written_bytes, before.written_bytes);
+    }
 }
 
 /// What is left of a session whose processes were ended: its directories, and in them its conversation.
@@ -112,6 +139,8 @@ pub struct Session {
     pub(super) conversation: Option<String>,
     /// Set while it runs a task.
     pub(super) in_use: Option<InUse>,
+    /// Counts what it adds to the disk, where that is limited.
+    pub(super) disk: Option<Disk>,
 }
 
 impl Session {
@@ -170,7 +199,9 @@ impl Session {
             let path = env.iter().find(|(name, _)| name == "PATH").map(|(_, path)| path.as_os_str());
             let programs =
                 Programs { opencode: &settings.command, sidecar: &settings.executable, path: path.unwrap_or_default() };
-            confinement(programs, &directories, &wanted.workdir, shared.broker.address())
+            let mut confinement = confinement(programs, &directories, &wanted.workdir, shared.broker.address());
+            confinement.require.clone_from(&settings.require);
+            confinement
         });
         let to_launch = Launch {
             command: settings.command.clone(),
@@ -178,6 +209,7 @@ impl Session {
             workdir: wanted.workdir.clone(),
             env,
             confinement,
+            limits: settings.confined.then(|| wanted.resources()),
             deadline: settings.start_timeout.min(wanted.start_within),
             stop: wanted.stop.clone(),
         };
@@ -193,7 +225,7 @@ impl Session {
         let client = Client::new(server.port.number(), password, &wanted.workdir.to_string_lossy());
         let client = client.map_err(SessionError::Client)?;
         let conversation = parked.and_then(|parked| parked.conversation.clone());
-        let session = Self {
+        let mut session = Self {
             shared: Arc::clone(shared),
             wanted,
             server,
@@ -203,6 +235,7 @@ impl Session {
             warm,
             conversation,
             in_use: None,
+            disk: None,
         };
         let ready = async {
             if shared.version.get().is_none() {
@@ -219,7 +252,11 @@ impl Session {
             }
             if warm { session.prime().await } else { Ok(()) }
         };
-        if let Err(error) = ready.await {
+        let ready = match ready.await {
+            Ok(()) => session.count_disk().await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ready {
             match parked {
                 Some(_) => drop(session.park(false).await),
                 None => drop(session.end(false).await),
@@ -227,6 +264,21 @@ impl Session {
             return Err(error);
         }
         Ok(session)
+    }
+
+    /// Counts what it adds to the disk from now on, where that is limited.
+    async fn count_disk(&mut self) -> Result<(), SessionError> {
+        let Some(limit) = self.wanted.limits.disk_bytes.filter(|_| self.shared.settings.confined) else {
+            return Ok(());
+        };
+        let spec = DiskSpec {
+            roots: vec![self.wanted.workdir.clone(), self.directories.root().to_path_buf()],
+            limit: Some(limit),
+            owner: None,
+            process: Some(self.server.process.handle()),
+        };
+        self.disk = Some(self.shared.sandbox.watch_disk(spec).await.map_err(SessionError::Disk)?);
+        Ok(())
     }
 
     /// Its id.
@@ -237,6 +289,21 @@ impl Session {
     /// Whether it was started ahead.
     pub fn is_warm(&self) -> bool {
         self.warm
+    }
+
+    /// What it is protected by, as its jail has seen it done.
+    pub fn protections(&self) -> Vec<String> {
+        let process = &self.server.process;
+        let confined = process.confined().map(|confined| confined.protections).unwrap_or_default();
+        let mut names: Vec<String> = confined.into_iter().map(|protection| protection.name().to_owned()).collect();
+        if self.shared.settings.confined {
+            names.push(self.shared.sandbox.resources().probe().mechanism.to_string());
+        }
+        if self.disk.is_some() {
+            names.push("disk".to_owned());
+        }
+        names.push("subreaper".to_owned());
+        names
     }
 
     /// OpenCode's process id, for tests and operators.
@@ -262,6 +329,11 @@ impl Session {
         self.wanted.id = wanted.id;
         self.wanted.limits = wanted.limits;
         self.lease.reset(self.wanted.budget());
+    }
+
+    /// What all its processes have used so far, where it is measured.
+    pub fn usage(&self) -> Measured {
+        self.server.process.handle().usage()
     }
 
     /// Whether its process still runs.
@@ -315,7 +387,7 @@ impl Session {
             let _ = tokio::time::timeout(TERM, process.exited()).await;
         }
         match process.kill(KILL).await {
-            Ok(gone) => Ended { cpu_seconds: gone.cpu_seconds, nothing_left: true },
+            Ok(gone) => Ended { cpu_seconds: gone.cpu_seconds, usage: gone.usage, nothing_left: true },
             Err(left) => {
                 tracing::error!(?left, session = %self.wanted.id, "processes of a session could not be ended");
                 Ended::default()

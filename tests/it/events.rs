@@ -24,7 +24,7 @@ fn record() -> ExecutionRecord {
         max_tokens: None,
         enabled_tools: None,
     };
-    let limits = Limits { output_bytes: 1, model_calls: 1, total_tokens: 1 };
+    let limits = Limits { output_bytes: 1, model_calls: 1, total_tokens: 1, ..Limits::default() };
     let task = Task {
         task_id: TaskId::new(),
         prompt: Some("x".into()),

@@ -57,7 +57,7 @@ pub(crate) fn pending() -> ExecutionRecord {
             agent: None,
             workdir: Some("a/b".to_owned()),
             timeout_seconds: 3600,
-            limits: Limits { output_bytes: u64::MAX, model_calls: 100, total_tokens: 1 },
+            limits: Limits { output_bytes: u64::MAX, model_calls: 100, total_tokens: 1, ..Limits::default() },
             metadata: Some(json!({ "z": [1, null, NASTY], "a": { "0": 1.5 }, NASTY: true })),
         },
         status: Status::Pending,

@@ -39,6 +39,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("console", &[]),
     ("scripted", &["tasks"]),
     // Wiring.
+    ("protection", &["config", "sandbox"]),
     (
         "app",
         &[
@@ -57,6 +58,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "executions",
             "api",
             "notify",
+            "protection",
         ],
     ),
     ("host", &["telemetry"]),

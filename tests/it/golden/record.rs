@@ -85,6 +85,7 @@ pub(super) async fn record(scenario: &Scenario) -> Vec<Recorded> {
         workdir: workspace.clone(),
         env,
         confinement: None,
+        limits: None,
         deadline: Duration::from_secs(60),
         stop: CancellationToken::new(),
     };

@@ -7,6 +7,7 @@ mod life;
 mod main_job;
 mod model_config;
 mod queue;
+mod sandboxed;
 mod secrets;
 mod streams;
 mod visible;

@@ -1,0 +1,101 @@
+//! What sessions are protected by on this host, and why none may start where that is too little.
+//!
+//! Looked at once, at the start: what the sandbox offers is tried and not guessed. What a session then really has is
+//! told by its own jail and stands in the record of its execution.
+
+use crate::config::{Config, SandboxMode};
+use crate::sandbox::confine::Protection;
+use crate::sandbox::{Mechanism, Sandbox};
+use std::collections::BTreeSet;
+
+/// What was found.
+#[derive(Clone, Debug)]
+pub struct Protections {
+    /// What a session will have, by name.
+    pub names: Vec<String>,
+    /// What the jail of each session has to have done, or it does not start.
+    pub require: BTreeSet<Protection>,
+    /// What is required and not to be had.
+    pub missing: Vec<String>,
+    /// Why no session may start, for people.
+    pub refused: Option<String>,
+}
+
+impl Protections {
+    /// Looks.
+    pub async fn of(config: &Config, sandbox: &Sandbox) -> Self {
+        if config.sandbox == SandboxMode::Off {
+            tracing::warn!("SANDBOX=off: the agent can reach whatever this process can");
+            let names = vec!["subreaper".to_owned()];
+            return Self { names, require: BTreeSet::new(), missing: Vec::new(), refused: None };
+        }
+        let offered = match sandbox.offers().await {
+            Ok(offers) => offers.confined.protections,
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "no program can be confined");
+                BTreeSet::new()
+            }
+        };
+        let mut names: Vec<String> = offered.iter().map(|protection| protection.name().to_owned()).collect();
+        let mechanism = sandbox.resources().probe().mechanism;
+        names.push(mechanism.to_string());
+        if config.limits.disk_bytes.is_some() {
+            names.push("disk".to_owned());
+        }
+        names.push("subreaper".to_owned());
+        let has = |name: &String| match name.as_str() {
+            "cgroup" => mechanism != Mechanism::Watched,
+            name => names.iter().any(|other| other == name),
+        };
+        let missing: Vec<String> = config.sandbox_require.iter().filter(|name| !has(name)).cloned().collect();
+        let require =
+            Protection::ALL.into_iter().filter(|p| config.sandbox_require.iter().any(|name| name == p.name()));
+        match (config.sandbox, missing.is_empty()) {
+            (SandboxMode::Required, false) => {
+                let refused = format!(
+                    "SANDBOX=required, but this host does not give {} (SANDBOX_REQUIRE); no session starts.",
+                    missing.join(", ")
+                );
+                tracing::error!("{refused}");
+                Self { names, require: require.collect(), missing, refused: Some(refused) }
+            }
+            (SandboxMode::Required, true) => Self { names, require: require.collect(), missing, refused: None },
+            (_, complete) => {
+                if !complete {
+                    tracing::warn!(
+                        missing = missing.join(", "),
+                        "SANDBOX=best-effort: sessions have less than the usual protection"
+                    );
+                }
+                Self { names, require: BTreeSet::new(), missing, refused: None }
+            }
+        }
+    }
+
+    /// For `/ready`: a word, and what it is about.
+    pub fn state(&self, mode: SandboxMode) -> (&'static str, String) {
+        let names = self.names.join(", ");
+        match (&self.refused, mode) {
+            (Some(refused), _) => ("failed", format!("{refused} There is: {names}.")),
+            (None, SandboxMode::Off) => ("off", "SANDBOX=off: the agent is not confined".to_owned()),
+            (None, _) if !self.missing.is_empty() => {
+                ("degraded", format!("not here: {}; there is: {names}", self.missing.join(", ")))
+            }
+            (None, _) => ("ok", names),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::PROTECTIONS;
+
+    #[test]
+    fn whatever_the_jail_can_do_can_be_required() {
+        let others = ["cgroup", "disk", "netns"];
+        let mut known: Vec<_> = Protection::ALL.iter().map(|p| p.name()).chain(others).collect();
+        known.sort_unstable();
+        assert_eq!(known, PROTECTIONS);
+    }
+}
