@@ -205,7 +205,9 @@ pub struct App {
 fn protections(mode: SandboxMode) -> (Vec<String>, Option<String>) {
     let refused = match mode {
         SandboxMode::Required => Some(
-            "SANDBOX=required, but this version has no sandbox yet. SANDBOX=off runs the agent unconfined.".to_owned(),
+            "SANDBOX=required, but this version cannot yet tell whether all that is required is in force. \
+             SANDBOX=best-effort confines the agent as far as this host can, SANDBOX=off not at all."
+                .to_owned(),
         ),
         SandboxMode::BestEffort | SandboxMode::Off => None,
     };
@@ -243,8 +245,10 @@ impl App {
         .await?;
         let events = Events::start(database.store.clone(), config.project_id.clone(), metrics.clone(), &tasks);
         let (protections, refused) = protections(config.sandbox);
-        if config.sandbox != SandboxMode::Required {
-            tracing::warn!("no sandbox: the agent can reach whatever this process can (SANDBOX)");
+        match config.sandbox {
+            SandboxMode::Required => {}
+            SandboxMode::BestEffort => tracing::warn!("the agent is confined as far as this host can (SANDBOX)"),
+            SandboxMode::Off => tracing::warn!("no sandbox: the agent can reach whatever this process can (SANDBOX)"),
         }
         let default_model = config.default_model.as_ref().map(|model| {
             let choice = ModelChoice {
@@ -446,7 +450,7 @@ impl Ready {
         checks = match (&self.refused, self.mode) {
             (Some(why), _) => checks.failing("sandbox", "failed", Some(why)),
             (None, SandboxMode::Off) => checks.with("sandbox", "off", Some("SANDBOX=off: the agent is not confined")),
-            (None, _) => checks.with("sandbox", "degraded", Some("this version has no sandbox yet")),
+            (None, _) => checks.with("sandbox", "degraded", Some("sessions are confined as far as this host can")),
         };
         checks = checks.with("journal", "off", Some("this version writes to the database before it shows an event"));
         checks = match is_ephemeral(&self.state_dir) {

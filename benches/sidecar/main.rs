@@ -1,7 +1,7 @@
 //! The benchmarks: each measures both sides in one run, and prints a table with the ratio and the target.
 //!
 //! `cargo bench --bench sidecar [-- NAME …]` runs those whose names contain one of the words: `task`, `health`, `idle`,
-//! `stream`. `BENCH_ROUNDS` sets how often each measurement is repeated. Nothing is asserted: the numbers are for
+//! `stream`, `spawn`. `BENCH_ROUNDS` sets how often each measurement is repeated. Nothing is asserted: the numbers are for
 //! people, and depend on what else the machine does.
 //!
 //! The sidecar is the release build of the binary, as a process of its own, with an embedded Postgres. OpenCode is the
@@ -15,6 +15,7 @@ mod health;
 mod idle;
 mod machine;
 mod sidecar;
+mod spawn;
 mod stream;
 mod table;
 mod task;
@@ -70,12 +71,13 @@ fn main() {
     runtime.block_on(async {
         let world = World::new().await;
         println!("{}", Machine::now());
-        for name in ["task", "health", "idle", "stream"].into_iter().filter(|name| chosen(name)) {
+        for name in ["task", "health", "idle", "stream", "spawn"].into_iter().filter(|name| chosen(name)) {
             let run = async {
                 match name {
                     "task" => task::run(&world).await,
                     "health" => health::run(&world).await,
                     "idle" => idle::run(&world).await,
+                    "spawn" => spawn::run(&world).await,
                     _ => stream::run(&world).await,
                 }
             };
