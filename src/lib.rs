@@ -13,7 +13,7 @@
 //! | | [`secrets`] | makes random tokens, opens sealed keys |
 //! | | [`telemetry`] | log and metrics |
 //! | | [`config`] | the environment, read once |
-//! | owners of I/O | [`sandbox`] | processes: the jail, the proof that nothing is left, the shell tap |
+//! | owners of I/O | [`sandbox`] | processes: the jail, their confinement, the proof that nothing is left, the shell tap |
 //! | | [`workspace`] | the one door to paths that come from outside; open to its group |
 //! | | [`store`] | Postgres: migrations, queries, the embedded server |
 //! | services | [`events`] | the log of each execution: one way in, one way out |
@@ -72,6 +72,7 @@
 //! | where an event becomes durable | `events::commit` |
 //! | how shell output gets here | [`sandbox::tap`], then [`sandbox::frames`] and `sessions::shell` |
 //! | how processes are ended, and how that is known | `sandbox::process`, [`sandbox::jail`] |
+//! | what a session may not do | `sessions::confinement`, then [`sandbox::confine`] |
 //! | which routes there are | [`api::openapi`], and the handlers in [`api::tasks`] and [`api::stream`] |
 //! | the pages for people | `docs/`, and `api::pages`, which serves them; `tests/it/docs` holds them to the code |
 //! | how the backend learns of a status | `store::callbacks`, where it is kept, and [`notify`], which tells it |

@@ -1,7 +1,7 @@
 //! The benchmarks: each measures both sides in one run, and prints a table with the ratio and the target.
 //!
 //! `cargo bench --bench sidecar [-- NAME …]` runs those whose names contain one of the words: `task`, `health`, `idle`,
-//! `stream`, `session`. `BENCH_ROUNDS` sets how often each measurement is repeated. Nothing is asserted: the numbers are for
+//! `stream`, `session`, `spawn`. `BENCH_ROUNDS` sets how often each measurement is repeated. Nothing is asserted: the numbers are for
 //! people, and depend on what else the machine does.
 //!
 //! The sidecar is the release build of the binary, as a process of its own, with an embedded Postgres. OpenCode is the
@@ -16,6 +16,7 @@ mod idle;
 mod machine;
 mod session;
 mod sidecar;
+mod spawn;
 mod stream;
 mod table;
 mod task;
@@ -71,13 +72,14 @@ fn main() {
     runtime.block_on(async {
         let world = World::new().await;
         println!("{}", Machine::now());
-        for name in ["task", "health", "idle", "stream", "session"].into_iter().filter(|name| chosen(name)) {
+        for name in ["task", "health", "idle", "stream", "session", "spawn"].into_iter().filter(|name| chosen(name)) {
             let run = async {
                 match name {
                     "task" => task::run(&world).await,
                     "health" => health::run(&world).await,
                     "idle" => idle::run(&world).await,
                     "stream" => stream::run(&world).await,
+                    "spawn" => spawn::run(&world).await,
                     _ => session::run(&world).await,
                 }
             };

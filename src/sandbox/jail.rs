@@ -173,21 +173,23 @@ fn execute(policy: &Policy) -> Result<(Pid, Option<Confined>, Option<Gate>), Fai
     let spawned = command.spawn();
     // With it the child's end of the socket goes, so that what it has told ends somewhere.
     drop(command);
-    let told = match outcome.map(confine::Outcome::read) {
-        Some(Some(told)) => Some(told?),
-        // It never got as far: what the standard library says is why.
-        Some(None) | None => None,
-    };
+    // What it has told says more than the standard library, which only knows an error's number.
+    let told = outcome.and_then(confine::Outcome::read).transpose()?;
     let failed = |error: io::Error| Failed {
         step: "exec".into(),
         error: format!("cannot execute {}: {error}", program.display()),
     };
-    let child = spawned.map_err(|error| match group.as_ref().and_then(refusal) {
+    let mut child = spawned.map_err(|error| match group.as_ref().and_then(refusal) {
         Some(refused) => {
             Failed { step: "cgroup".into(), error: format!("the program may not join its group: {refused}") }
         }
         None => failed(error),
     })?;
+    if policy.confinement.is_some() && told.is_none() {
+        // It runs, and nobody knows as what.
+        let _ = child.kill().and_then(|()| child.wait());
+        return Err(Failed { step: "confinement".into(), error: "it told nothing".into() });
+    }
     let pid = i32::try_from(child.id()).map(Pid::from_raw).map_err(io::Error::other).map_err(failed)?;
     let (confined, listener) = told.unzip();
     let gate = listener.flatten().zip(policy.confinement.as_ref()).map(|(listener, confinement)| {
@@ -198,12 +200,19 @@ fn execute(policy: &Policy) -> Result<(Pid, Option<Confined>, Option<Gate>), Fai
 }
 
 /// Closes every descriptor but the standard three.
+#[expect(unsafe_code, reason = "closes what nobody here has opened")]
 fn close_inherited() -> io::Result<()> {
-    use nix::errno::Errno;
-    #[expect(unsafe_code, reason = "closes what nobody here has opened")]
-    // SAFETY: it is the first thing this process does, so no value of it owns any of these descriptors.
-    let closed = Errno::result(unsafe { libc::close_range(3, libc::c_uint::MAX, 0) });
-    closed.map(drop).map_err(io::Error::from)
+    // SAFETY: it is the first thing this process does, so no value in it owns any of these descriptors.
+    if unsafe { libc::close_range(3, libc::c_uint::MAX, 0) } == 0 {
+        return Ok(());
+    }
+    // Before Linux 5.9. Collected first, since the directory is a descriptor too.
+    let open = fs::read_dir("/proc/self/fd")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    for descriptor in open.filter(|descriptor| *descriptor > 2).collect::<Vec<libc::c_int>>() {
+        // SAFETY: as above; that of the directory is closed by now, and closing it again is an error without effect.
+        unsafe { libc::close(descriptor) };
+    }
+    Ok(())
 }
 
 /// Has the child join its group before it executes anything. Gives where it says that it could not.
@@ -290,8 +299,8 @@ impl Jail {
             }
             let look = self.watcher.as_ref().map(Watcher::due);
             self.wait(left.into_iter().chain(look).min(), true);
-            if let Some(gate) = &mut self.gate {
-                gate.advance();
+            if self.gate.as_mut().is_some_and(|gate| !gate.advance()) {
+                self.gate = None;
             }
             for command in self.control.commands() {
                 match command {

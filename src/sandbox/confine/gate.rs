@@ -26,6 +26,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 
 /// The most connects that may wait for the kernel's answer. Each holds a descriptor of the jail.
 const MOST_PENDING: usize = 256;
+/// The most calls that are answered before the jail looks at its other work.
+const MOST_AT_ONCE: usize = 32;
 /// A pidfd of a thread instead of a process (Linux 6.9).
 const PIDFD_THREAD: u32 = libc::O_EXCL as u32;
 
@@ -64,22 +66,39 @@ impl Gate {
         std::iter::once(listener).chain(pending)
     }
 
-    /// Goes on with whatever is ready. Does not wait.
-    pub(in crate::sandbox) fn advance(&mut self) {
-        for pending in std::mem::take(&mut self.pending) {
-            if is_ready(&pending.socket, PollFlags::POLLOUT) {
-                let result = sockopt::socket_error(&pending.socket).and_then(|result| result);
-                self.reply(pending.id, result);
+    /// Goes on with whatever is ready. Does not wait. False: nobody is left who could ask, so give it up, since its
+    /// descriptor says so again at every poll.
+    pub(in crate::sandbox) fn advance(&mut self) -> bool {
+        let mut fds: Vec<PollFd<'_>> = self.poll_fds().collect();
+        if !matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..)) {
+            return true;
+        }
+        if fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP)) {
+            return false;
+        }
+        // The listener comes first.
+        let ready: Vec<bool> = fds.iter().skip(1).map(|fd| fd.any() == Some(true)).collect();
+        for (pending, ready) in std::mem::take(&mut self.pending).into_iter().zip(ready) {
+            if ready {
+                self.reply(pending.id, sockopt::socket_error(&pending.socket).and_then(|result| result));
             } else {
                 self.pending.push(pending);
             }
         }
-        while is_ready(&self.listener, PollFlags::POLLIN) {
+        // Not all that there are: a program that calls without end must not keep the jail from its other work.
+        for _ in 0..MOST_AT_ONCE {
+            let mut listener = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+            let asked = poll(&mut listener, PollTimeout::ZERO).is_ok()
+                && listener[0].revents().is_some_and(|events| events.contains(PollFlags::POLLIN));
+            if !asked {
+                break;
+            }
             // It may be gone between the two: its thread was killed.
             if let Some(call) = self.receive() {
                 self.answer(&call);
             }
         }
+        true
     }
 
     fn answer(&mut self, call: &seccomp_notif) {
@@ -240,13 +259,6 @@ fn ioctl<T>(listener: &OwnedFd, request: libc::Ioctl, argument: &mut T) -> Resul
     // here; the kernel reads or writes that much at the address, which lives until the call returns.
     let result = unsafe { libc::ioctl(listener.as_raw_fd(), request, std::ptr::from_mut(argument)) };
     if result == 0 { Ok(()) } else { Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)) }
-}
-
-fn is_ready(fd: &OwnedFd, flags: PollFlags) -> bool {
-    let mut fds = [PollFd::new(fd.as_fd(), flags)];
-    // Not at its hang-up alone: nobody is left to be answered then.
-    matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..))
-        && fds[0].revents().is_some_and(|events| events.intersects(flags | PollFlags::POLLERR))
 }
 
 fn pidfd(thread: i32) -> Result<OwnedFd> {

@@ -2,9 +2,10 @@
 
 use super::Failed;
 use nix::unistd::{Gid, Uid, getresgid, getresuid, setgroups, setresgid, setresuid};
+use rustix::io::Errno;
 use rustix::thread::{
-    CapabilitiesSecureBits, CapabilitySet, CapabilitySets, capabilities, capability_is_in_bounding_set,
-    clear_ambient_capability_set, remove_capability_from_bounding_set, set_capabilities, set_capabilities_secure_bits,
+    CapabilitiesSecureBits, CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set,
+    remove_capability_from_bounding_set, set_capabilities, set_capabilities_secure_bits,
 };
 
 /// Takes away what an executed file or user 0 could give back: the bounding set, and root's privileges at exec. Whoever
@@ -16,13 +17,11 @@ pub(super) fn shrink_bounding_set() -> Result<(), Failed> {
     }
     for number in 0..u64::BITS {
         let capability = CapabilitySet::from_bits_retain(1 << number);
-        match capability_is_in_bounding_set(capability) {
-            Ok(true) => {
-                remove_capability_from_bounding_set(capability).map_err(|errno| Failed::new("bounding_set", errno))?;
-            }
-            Ok(false) => {}
+        match remove_capability_from_bounding_set(capability) {
+            Ok(()) => {}
             // Beyond the last one that this kernel knows.
-            Err(_) => break,
+            Err(Errno::INVAL) => break,
+            Err(errno) => return Err(Failed::new("bounding_set", errno)),
         }
     }
     let bits = CapabilitiesSecureBits::NO_ROOT

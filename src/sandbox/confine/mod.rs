@@ -212,7 +212,7 @@ pub(super) struct Prepared {
     limits: Limits,
     require: BTreeSet<Protection>,
     landlock: Option<landlock::Rules>,
-    seccomp: Option<seccomp::Filters>,
+    seccomp: Option<seccomp::Filter>,
     /// The child's end of the socket on which it tells the jail how it went.
     socket: OwnedFd,
 }
@@ -279,8 +279,8 @@ impl Prepared {
             on(&rules.apply()?);
         }
         let mut listener = None;
-        if let Some(filters) = self.seccomp.take() {
-            listener = filters.apply()?;
+        if let Some(filter) = self.seccomp.take() {
+            listener = filter.apply()?;
             on(&[Protection::Seccomp]);
         }
         if listener.is_some() {

@@ -1,9 +1,10 @@
 //! The filter of system calls: the list in `calls` compiled, and the entry that stands before it.
 //!
-//! One program for each answer, since `seccompiler` gives a program one answer; the kernel runs them all and takes the
-//! strictest. The entry is written by hand, for what that crate cannot say: numbers beyond the last one that was judged
-//! (x32's among them, which have bit 30) do not exist, and three calls are referred to the gate. Whatever comes through
-//! another door than the 64-bit one (`int 0x80` on x86) is killed: no program of this kind has a reason to.
+//! `seccompiler` gives a program one answer, so there is one part for each. Before them stands an entry that is written
+//! by hand, for what that crate cannot say: numbers beyond the last one that was judged (x32's among them, which have
+//! bit 30) do not exist, and three calls are referred to the gate. Whatever comes through another door than the 64-bit
+//! one (`int 0x80` on x86) is killed: no program of this kind has a reason to. All of it is one filter, since the kernel
+//! takes long over each.
 
 use super::Failed;
 use super::calls::{Answer, Condition, Denied, Test, denied};
@@ -25,19 +26,18 @@ const OWN: TargetArch = TargetArch::aarch64;
 const GATED: [&str; 3] = ["connect", "bind", "listen"];
 
 /// Compiled, and not yet in force.
-pub(super) struct Filters {
-    denials: Vec<BpfProgram>,
+pub(super) struct Filter {
     gated: BpfProgram,
-    entry: BpfProgram,
+    plain: BpfProgram,
 }
 
-/// Compiles the filters for this machine. `None`: its kernel has no filters.
-pub(super) fn prepare() -> Result<Option<Filters>, Failed> {
+/// Compiles the filter for this machine. `None`: its kernel has no filters.
+pub(super) fn prepare() -> Result<Option<Filter>, Failed> {
     if !is_available(libc::SECCOMP_RET_ERRNO) {
         return Ok(None);
     }
-    let denials = denials(OWN).map_err(|error| Failed::new("seccomp", error))?;
-    Ok(Some(Filters { denials, gated: entry(OWN, &GATED), entry: entry(OWN, &[]) }))
+    let compile = |gated: &[&str]| program(OWN, gated).map_err(|error| Failed::new("seccomp", error));
+    Ok(Some(Filter { gated: compile(&GATED)?, plain: compile(&[])? }))
 }
 
 /// Whether the kernel knows an action.
@@ -48,37 +48,27 @@ pub(super) fn is_available(action: u32) -> bool {
     result == 0
 }
 
-impl Filters {
-    /// Puts them in force for this process for good; needs no_new_privs. Gives the gate's end of what is referred to
-    /// it, or `None` where this kernel, or another listener above, does not let it be.
+impl Filter {
+    /// Puts it in force for this process for good; needs no_new_privs. Gives the gate's end of what is referred to it,
+    /// or `None` where this kernel, or another listener above, does not let it be.
     pub(super) fn apply(self) -> Result<Option<OwnedFd>, Failed> {
-        // The entry first: the list denies what it takes to install a listener.
-        let listener = self.listen()?;
-        let plain = if listener.is_none() { Some(&self.entry) } else { None };
-        for program in plain.into_iter().chain(&self.denials) {
-            seccompiler::apply_filter(program).map_err(|error| Failed::new("seccomp", error))?;
-        }
-        Ok(listener)
-    }
-
-    fn listen(&self) -> Result<Option<OwnedFd>, Failed> {
+        const LISTEN: libc::c_ulong = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER;
+        let failed = |errno| Failed::new("seccomp", errno);
         // Interrupted by nothing but death while the gate is at work: the gate's connect is not to be made twice.
-        let flags = [libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, 0];
-        for flags in flags.map(|flags| flags | libc::SECCOMP_FILTER_FLAG_NEW_LISTENER) {
+        for flags in [LISTEN | libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, LISTEN] {
             match install(&self.gated, flags) {
-                Ok(listener) => return Ok(Some(listener)),
                 // A kernel without the flag; without listeners; somebody above who listens already.
                 Err(Errno::EINVAL | Errno::EBUSY) => {}
-                Err(errno) => return Err(Failed::new("seccomp", errno)),
+                result => return result.map_err(failed),
             }
         }
-        Ok(None)
+        install(&self.plain, 0).map_err(failed)
     }
 }
 
-/// Installs a filter with a listener.
+/// Installs a filter; gives its listener, where it was to have one.
 #[expect(unsafe_code, reason = "the crate installs filters without a listener only")]
-fn install(program: &BpfProgram, flags: libc::c_ulong) -> Result<OwnedFd, Errno> {
+fn install(program: &BpfProgram, flags: libc::c_ulong) -> Result<Option<OwnedFd>, Errno> {
     #[repr(C)]
     struct Fprog {
         len: libc::c_ushort,
@@ -89,10 +79,10 @@ fn install(program: &BpfProgram, flags: libc::c_ulong) -> Result<OwnedFd, Errno>
     // SAFETY: `fprog` is laid out as the kernel's sock_fprog and names `len` instructions of `program`, which outlives
     // the call; the kernel copies them.
     let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const fprog) };
-    let fd = Errno::result(result)?;
-    let fd = RawFd::try_from(fd).map_err(|_| Errno::EBADF)?;
+    let fd = RawFd::try_from(Errno::result(result)?).map_err(|_| Errno::EBADF)?;
+    let listens = flags & libc::SECCOMP_FILTER_FLAG_NEW_LISTENER != 0;
     // SAFETY: with this flag the call returns a new descriptor, which nobody else has.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    Ok(listens.then(|| unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
 /// A call's number. `None`: this architecture never had it.
@@ -107,7 +97,19 @@ fn number(arch: TargetArch, call: &str) -> Option<u32> {
 /// The last call that was looked at for the list.
 const LAST: u32 = syscalls::x86_64::Sysno::file_setattr as u32;
 
-/// The programs for the list, one for each answer.
+/// The whole filter: the entry, and what it lets pass goes through the list.
+fn program(arch: TargetArch, gated: &[&str]) -> Result<BpfProgram, seccompiler::BackendError> {
+    let mut program = entry(arch, gated);
+    for part in denials(arch)? {
+        // Its last instruction allows: instead it goes on. Jumps lead forward by a distance, so they lead where they
+        // led, and a call is in one part only.
+        program.pop();
+        program.extend(part);
+    }
+    Ok(program)
+}
+
+/// The parts for the list, one for each answer.
 fn denials(arch: TargetArch) -> Result<Vec<BpfProgram>, seccompiler::BackendError> {
     let mut answers: BTreeMap<Answer, BTreeMap<i64, Vec<SeccompRule>>> = BTreeMap::new();
     for denied in denied() {
