@@ -1,7 +1,7 @@
 //! The benchmarks: each measures both sides in one run, and prints a table with the ratio and the target.
 //!
 //! `cargo bench --bench sidecar [-- NAME …]` runs those whose names contain one of the words: `task`, `health`, `idle`,
-//! `stream`. `BENCH_ROUNDS` sets how often each measurement is repeated. Nothing is asserted: the numbers are for
+//! `stream`, `kill`. `BENCH_ROUNDS` sets how often each measurement is repeated. Nothing is asserted: the numbers are for
 //! people, and depend on what else the machine does.
 //!
 //! The sidecar is the release build of the binary, as a process of its own, with an embedded Postgres. OpenCode is the
@@ -13,6 +13,7 @@
 mod direct;
 mod health;
 mod idle;
+mod kill;
 mod machine;
 mod sidecar;
 mod stream;
@@ -70,13 +71,14 @@ fn main() {
     runtime.block_on(async {
         let world = World::new().await;
         println!("{}", Machine::now());
-        for name in ["task", "health", "idle", "stream"].into_iter().filter(|name| chosen(name)) {
+        for name in ["task", "health", "idle", "stream", "kill"].into_iter().filter(|name| chosen(name)) {
             let run = async {
                 match name {
                     "task" => task::run(&world).await,
                     "health" => health::run(&world).await,
                     "idle" => idle::run(&world).await,
-                    _ => stream::run(&world).await,
+                    "stream" => stream::run(&world).await,
+                    _ => kill::run(&world).await,
                 }
             };
             println!("\n== {name}");
