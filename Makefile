@@ -35,7 +35,8 @@ test: need-rust need-npm ## Run every check and all tests: what has to pass
 
 run-tests:
 	$(call step,Tests)
-	@cargo test --locked
+	@guest=$$(scripts/setup-guest) || echo 'make: there is no guest here' >&2; \
+	OPENCODE_SIDECAR_GUEST=$$guest cargo test --locked
 
 lint: need-rust need-npm ## Check format, lints, dependencies and the compiled queries
 	$(call step,Format)

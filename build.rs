@@ -1,6 +1,6 @@
 //! Builds the crate again when a migration is added: `sqlx::migrate!` reads the directory at compile time. And says
-//! whether it is built as root, and where control groups can be made: tests that act as another user, or that are about
-//! a group's limits, are reported as ignored otherwise.
+//! whether it is built as root, where control groups can be made, and where a guest can be had: tests that act as another
+//! user, that are about a group's limits, or that boot the guest are reported as ignored otherwise.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -14,6 +14,10 @@ fn main() {
     println!("cargo::rustc-check-cfg=cfg(cgroups)");
     if groups_can_be_made() {
         println!("cargo::rustc-cfg=cgroups");
+    }
+    println!("cargo::rustc-check-cfg=cfg(guest)");
+    if cfg!(target_arch = "x86_64") && Path::new("/usr/bin/apt-get").exists() {
+        println!("cargo::rustc-cfg=guest");
     }
 }
 

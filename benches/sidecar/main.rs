@@ -1,8 +1,8 @@
 //! The benchmarks: each measures both sides in one run, and prints a table with the ratio and the target.
 //!
 //! `cargo bench --bench sidecar [-- NAME …]` runs those whose names contain one of the words: `task`, `health`, `idle`,
-//! `stream`, `session`, `spawn`. `BENCH_ROUNDS` sets how often each measurement is repeated. Nothing is asserted: the numbers are for
-//! people, and depend on what else the machine does.
+//! `stream`, `session`, `spawn`, `kill`. `BENCH_ROUNDS` sets how often each measurement is repeated. Nothing is asserted:
+//! the numbers are for people, and depend on what else the machine does.
 //!
 //! The sidecar is the release build of the binary, as a process of its own, with an embedded Postgres. OpenCode is the
 //! real one (OPENCODE_COMMAND, `opencode` in PATH, or the package under `sidecars/opencode-server`); its provider is
@@ -13,6 +13,7 @@
 mod direct;
 mod health;
 mod idle;
+mod kill;
 mod machine;
 mod session;
 mod sidecar;
@@ -72,7 +73,8 @@ fn main() {
     runtime.block_on(async {
         let world = World::new().await;
         println!("{}", Machine::now());
-        for name in ["task", "health", "idle", "stream", "session", "spawn"].into_iter().filter(|name| chosen(name)) {
+        let all = ["task", "health", "idle", "stream", "session", "spawn", "kill"];
+        for name in all.into_iter().filter(|name| chosen(name)) {
             let run = async {
                 match name {
                     "task" => task::run(&world).await,
@@ -80,6 +82,7 @@ fn main() {
                     "idle" => idle::run(&world).await,
                     "stream" => stream::run(&world).await,
                     "spawn" => spawn::run(&world).await,
+                    "kill" => kill::run(&world).await,
                     _ => session::run(&world).await,
                 }
             };

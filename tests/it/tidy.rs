@@ -94,7 +94,8 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[];
 const SLEEPS: &[(&str, &str)] = &[];
 
 /// The ways in which a test may not run: it is reported, with its reason.
-const ONLY_WITH: [&str; 2] = ["cfg_attr(not(as_root), ignore =", "cfg_attr(not(cgroups), ignore ="];
+const ONLY_WITH: [&str; 3] =
+    ["cfg_attr(not(as_root), ignore =", "cfg_attr(not(cgroups), ignore =", "cfg_attr(not(guest), ignore ="];
 
 /// Longest file, in lines.
 const LONGEST: usize = 700;

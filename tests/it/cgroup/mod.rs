@@ -6,6 +6,7 @@
 
 mod disk;
 mod ending;
+mod guest;
 mod limits;
 mod usage;
 mod watched;
