@@ -110,7 +110,7 @@ async fn demonstrate(prompt: Option<String>) -> Result<bool, DemoError> {
     config.workspace_dir.clone_from(&workspace);
     let secret = random_token()?;
     config.shared_secret = Some(secret.clone());
-    config.sandbox = SandboxMode::Off;
+    config.sandbox = SandboxMode::BestEffort;
     config.host = IpAddr::V4(Ipv4Addr::LOCALHOST);
     config.port = 0;
 
@@ -145,7 +145,7 @@ async fn demonstrate(prompt: Option<String>) -> Result<bool, DemoError> {
     };
     anstream::println!("Workspace: {}", workspace.display());
     anstream::println!("State:     {}", config.state_dir.display());
-    anstream::println!("Sandbox:   off; this version has none yet");
+    anstream::println!("Sandbox:   what this host gives (SANDBOX=best-effort)");
     anstream::println!("Starting Postgres and the sidecar …");
     let listener = TcpListener::bind(SocketAddr::new(config.host, 0)).await?;
     let address = listener.local_addr()?;
