@@ -29,7 +29,7 @@ impl Call {
             4 => self.arch,
             // The address of the instruction.
             8 | 12 => 0,
-            _ if (offset - 16) % 8 == 0 => arg(offset - 16) as u32,
+            _ if (offset - 16).is_multiple_of(8) => arg(offset - 16) as u32,
             _ => (arg(offset - 20) >> 32) as u32,
         }
     }
