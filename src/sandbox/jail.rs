@@ -145,58 +145,46 @@ fn start(policy: &Policy) -> Result<Started, Failed> {
     Ok(Started { main, children, confined, gate })
 }
 
-#[expect(clippy::disallowed_methods, reason = "the one place that starts processes")]
-#[expect(unsafe_code, reason = "the child confines itself between fork and exec")]
 fn execute(policy: &Policy) -> Result<(Pid, Option<Confined>, Option<Gate>), Failed> {
+    let Some(confinement) = &policy.confinement else { return Ok((execute_free(policy)?, None, None)) };
+    let program = confine::Program {
+        path: policy.program(),
+        args: policy.args().collect(),
+        env: policy.env().collect(),
+        cwd: policy.cwd(),
+    };
+    let doors = step("cgroup", policy.group.as_ref().map_or(Ok(Vec::new()), cgroup::Layout::doors))?;
+    let (pid, confined, listener) = confine::start(confinement, policy.uid_gid, &program, doors)?;
+    let gate = listener.map(|listener| {
+        let user = policy.uid_gid.filter(|(uid, _)| *uid != unistd::getuid().as_raw());
+        Gate::new(listener, confinement.network.clone(), user)
+    });
+    Ok((pid, Some(confined), gate))
+}
+
+#[expect(clippy::disallowed_methods, reason = "the one place that starts processes")]
+fn execute_free(policy: &Policy) -> Result<Pid, Failed> {
     let program = policy.program();
     let mut command = std::process::Command::new(&program);
     command.args(policy.args()).env_clear().envs(policy.env()).current_dir(policy.cwd());
     command.stdin(Stdio::null()).stdout(Stdio::inherit()).stderr(Stdio::inherit()).process_group(0);
-    // Before it is confined, while it still may.
+    // Before it becomes another user, while it still may.
     let group = step("cgroup", join_group(&mut command, policy))?;
-    let mut outcome = None;
-    match &policy.confinement {
-        Some(confinement) => {
-            let (mut prepared, told) = confine::prepare(confinement, policy.uid_gid)?;
-            outcome = Some(told);
-            // SAFETY: this process has one thread, and nothing in it holds a lock while it forks, so that the child may
-            // do whatever its parent may, and allocate.
-            unsafe { command.pre_exec(move || prepared.apply()) };
-        }
-        None => {
-            if let Some((uid, gid)) = policy.uid_gid {
-                // The standard library drops the supplementary groups with it.
-                command.uid(uid).gid(gid);
-            }
-        }
+    if let Some((uid, gid)) = policy.uid_gid {
+        // The standard library drops the supplementary groups with it.
+        command.uid(uid).gid(gid);
     }
-    let spawned = command.spawn();
-    // With it the child's end of the socket goes, so that what it has told ends somewhere.
-    drop(command);
-    // What it has told says more than the standard library, which only knows an error's number.
-    let told = outcome.and_then(confine::Outcome::read).transpose()?;
     let failed = |error: io::Error| Failed {
         step: "exec".into(),
         error: format!("cannot execute {}: {error}", program.display()),
     };
-    let mut child = spawned.map_err(|error| match group.as_ref().and_then(refusal) {
+    let child = command.spawn().map_err(|error| match group.as_ref().and_then(refusal) {
         Some(refused) => {
             Failed { step: "cgroup".into(), error: format!("the program may not join its group: {refused}") }
         }
         None => failed(error),
     })?;
-    if policy.confinement.is_some() && told.is_none() {
-        // It runs, and nobody knows as what.
-        let _ = child.kill().and_then(|()| child.wait());
-        return Err(Failed { step: "confinement".into(), error: "it told nothing".into() });
-    }
-    let pid = i32::try_from(child.id()).map(Pid::from_raw).map_err(io::Error::other).map_err(failed)?;
-    let (confined, listener) = told.unzip();
-    let gate = listener.flatten().zip(policy.confinement.as_ref()).map(|(listener, confinement)| {
-        let user = policy.uid_gid.filter(|(uid, _)| *uid != unistd::getuid().as_raw());
-        Gate::new(listener, confinement.network.clone(), user)
-    });
-    Ok((pid, confined, gate))
+    i32::try_from(child.id()).map(Pid::from_raw).map_err(io::Error::other).map_err(failed)
 }
 
 /// Closes every descriptor but the standard three.

@@ -127,11 +127,14 @@ fn allow(
 
 impl Rules {
     /// Restricts this process, and says what that gives.
-    pub(super) fn apply(self) -> Result<Vec<Protection>, Failed> {
-        let status = self.ruleset.restrict_self().map_err(|error| Failed::new("landlock", error))?;
+    pub(super) fn apply(&self) -> Result<&[Protection], Failed> {
+        let failed = |error: String| Failed::new("landlock", error);
+        // A copy of the descriptor for this process, which closes it.
+        let ruleset = self.ruleset.try_clone().map_err(|error| failed(error.to_string()))?;
+        let status = ruleset.restrict_self().map_err(|error| failed(error.to_string()))?;
         match status.ruleset {
-            RulesetStatus::FullyEnforced => Ok(self.gives),
-            other => Err(Failed::new("landlock", format!("the kernel says {other:?}"))),
+            RulesetStatus::FullyEnforced => Ok(&self.gives),
+            other => Err(failed(format!("the kernel says {other:?}"))),
         }
     }
 }

@@ -7,8 +7,9 @@
 //! - `gate`: connects, binds and listens in its place, so that address and port are checked.
 //! - `offers`: what of it this host gives.
 //!
-//! The jail prepares everything, forks, and the child applies it to itself in one straight line before it becomes the
-//! program. The jail itself stays outside. What the kernel does not have is left out and reported by its name; what is
+//! - `spawn`: starts the program.
+//!
+//! The jail prepares everything, and its child applies it to itself in one straight line before it becomes the program. The jail itself stays outside. What the kernel does not have is left out and reported by its name; what is
 //! required, and left out, ends the start under that name, and so does everything that should work and does not.
 
 mod calls;
@@ -17,22 +18,29 @@ mod identity;
 mod landlock;
 mod offers;
 mod seccomp;
+mod spawn;
 
 pub use calls::{Answer, Condition, Denied, Test, denied};
 pub use offers::{Offers, SUBCOMMAND as PROBE_SUBCOMMAND, probe};
 
 pub(super) use gate::Gate;
 pub(super) use offers::ask as ask_offers;
+pub(super) use spawn::Program;
 
+use super::cgroup;
 use super::protocol::paths;
+use nix::errno::Errno;
 use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
 };
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fmt;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{IoSlice, IoSliceMut};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
@@ -205,8 +213,10 @@ enum Told {
     Failed { step: String, error: String },
 }
 
-/// All that can be done before the fork.
-pub(super) struct Prepared {
+/// All that can be done before there is a child.
+struct Prepared {
+    /// Those of the control group that it joins first, while it may; none where there is no group.
+    doors: Vec<OwnedFd>,
     user: Option<(u32, u32)>,
     groups: Vec<u32>,
     limits: Limits,
@@ -217,49 +227,62 @@ pub(super) struct Prepared {
     socket: OwnedFd,
 }
 
-/// The jail's end of that socket.
-pub(super) struct Outcome(OwnedFd);
-
-/// Prepares the confinement of one program that is to run as `user`.
+/// Starts a program, confined, as `user`. Gives its id, what is in force for it, and what it asks the gate with.
 ///
 /// # Errors
-/// The step that failed.
-pub(super) fn prepare(confinement: &Confinement, user: Option<(u32, u32)>) -> Result<(Prepared, Outcome), Failed> {
+/// The step that failed. Nothing runs then.
+pub(super) fn start(
+    confinement: &Confinement,
+    user: Option<(u32, u32)>,
+    program: &Program,
+    doors: Vec<OwnedFd>,
+) -> Result<(Pid, Confined, Option<OwnedFd>), Failed> {
     let landlock = landlock::prepare(confinement, landlock::kernel_abi())?;
     let seccomp = seccomp::prepare()?;
-    // With it arrives what was sent before, and then its end.
-    let (ours, theirs) =
-        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)
-            .map_err(|errno| Failed::new("confinement", errno))?;
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
+        .map_err(|errno| Failed::new("confinement", errno))?;
     let Confinement { groups, limits, require, .. } = confinement.clone();
-    Ok((Prepared { user, groups, limits, require, landlock, seccomp, socket: theirs }, Outcome(ours)))
+    let prepared = Prepared { doors, user, groups, limits, require, landlock, seccomp, socket: theirs };
+    let spawned = spawn::spawn(program, &prepared);
+    match (told(&ours), spawned) {
+        // It says more than an error's number.
+        (Some(Err(failed)), _) | (_, Err(failed)) => Err(failed),
+        (Some(Ok((confined, listener))), Ok(pid)) => Ok((pid, confined, listener)),
+        (None, Ok(pid)) => {
+            // It runs, and nobody knows as what.
+            let _ = kill(pid, Signal::SIGKILL).and_then(|()| waitpid(pid, None));
+            Err(Failed::new("confinement", "it told nothing"))
+        }
+    }
 }
 
 impl Prepared {
-    /// Confines this process for good, and tells the jail. Call it in the child, last before exec.
+    /// Confines this process for good, and tells the jail. For the child, last before exec.
     ///
     /// # Errors
     /// A step failed; the jail is told which. The program must not be executed then.
-    pub(super) fn apply(&mut self) -> io::Result<()> {
+    fn apply(&self) -> nix::Result<()> {
         let (told, listener) = match self.steps() {
             Ok((confined, listener)) => (Told::Confined(confined), listener),
             Err(Failed { step, error }) => (Told::Failed { step, error }, None),
         };
-        let line = serde_json::to_vec(&told)?;
+        let line = serde_json::to_vec(&told).map_err(|_| Errno::EINVAL)?;
         let listener: Vec<RawFd> = listener.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&listener)];
         let rights = if listener.is_empty() { &[][..] } else { &rights[..] };
         sendmsg::<()>(self.socket.as_raw_fd(), &[IoSlice::new(&line)], rights, MsgFlags::empty(), None)?;
         match told {
             Told::Confined(_) => Ok(()),
-            Told::Failed { .. } => Err(io::ErrorKind::PermissionDenied.into()),
+            Told::Failed { .. } => Err(Errno::EPERM),
         }
     }
 
     /// The straight line, in the only order that works: each step needs rights that a later one takes away.
-    fn steps(&mut self) -> Result<(Confined, Option<OwnedFd>), Failed> {
+    fn steps(&self) -> Result<(Confined, Option<OwnedFd>), Failed> {
         let mut confined = Confined { landlock_abi: landlock::kernel_abi(), ..Confined::default() };
         let mut on = |protections: &[Protection]| confined.protections.extend(protections);
+        cgroup::join(&self.doors).map_err(|errno| Failed::new("cgroup", errno))?;
         limit(Resource::RLIMIT_CORE, "rlimit_core", Some(0))?;
         limit(Resource::RLIMIT_NOFILE, "rlimit_nofile", self.limits.open_files)?;
         limit(Resource::RLIMIT_FSIZE, "rlimit_fsize", self.limits.file_size)?;
@@ -275,11 +298,11 @@ impl Prepared {
         on(&[Protection::Capabilities]);
         identity::set_no_new_privs()?;
         on(&[Protection::NoNewPrivs]);
-        if let Some(rules) = self.landlock.take() {
-            on(&rules.apply()?);
+        if let Some(rules) = &self.landlock {
+            on(rules.apply()?);
         }
         let mut listener = None;
-        if let Some(filter) = self.seccomp.take() {
+        if let Some(filter) = &self.seccomp {
             listener = filter.apply()?;
             on(&[Protection::Seccomp]);
         }
@@ -305,27 +328,24 @@ fn limit(resource: Resource, step: &str, limit: Option<u64>) -> Result<(), Faile
     }
 }
 
-impl Outcome {
-    /// What the child has told, once it has become the program or ended. `None`: not a word, so it failed before.
-    #[expect(unsafe_code, reason = "a received descriptor comes as a number")]
-    pub(super) fn read(self) -> Option<Result<(Confined, Option<OwnedFd>), Failed>> {
-        let mut buffer = [0; 8192];
-        let mut iov = [IoSliceMut::new(&mut buffer)];
-        let mut space = nix::cmsg_space!([RawFd; 1]);
-        let received =
-            recvmsg::<()>(self.0.as_raw_fd(), &mut iov, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC).ok()?;
-        let mut listener = None;
-        for message in received.cmsgs().ok()? {
-            if let ControlMessageOwned::ScmRights(fds) = message {
-                // SAFETY: the kernel made these descriptors for this process a moment ago, and gave them to nobody else.
-                listener = fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).next();
-            }
+/// What the child has told, once it has become the program or ended. `None`: not a word.
+#[expect(unsafe_code, reason = "a received descriptor comes as a number")]
+fn told(socket: &OwnedFd) -> Option<Result<(Confined, Option<OwnedFd>), Failed>> {
+    let mut buffer = [0; 8192];
+    let mut iov = [IoSliceMut::new(&mut buffer)];
+    let mut space = nix::cmsg_space!([RawFd; 1]);
+    let received = recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC).ok()?;
+    let mut listener = None;
+    for message in received.cmsgs().ok()? {
+        if let ControlMessageOwned::ScmRights(fds) = message {
+            // SAFETY: the kernel made these descriptors for this process a moment ago, and gave them to nobody else.
+            listener = fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).next();
         }
-        let length = received.bytes;
-        match serde_json::from_slice(&buffer[..length]).ok()? {
-            Told::Confined(confined) => Some(Ok((confined, listener))),
-            Told::Failed { step, error } => Some(Err(Failed { step, error })),
-        }
+    }
+    let length = received.bytes;
+    match serde_json::from_slice(&buffer[..length]).ok()? {
+        Told::Confined(confined) => Some(Ok((confined, listener))),
+        Told::Failed { step, error } => Some(Err(Failed { step, error })),
     }
 }
 

@@ -26,18 +26,14 @@ const OWN: TargetArch = TargetArch::aarch64;
 const GATED: [&str; 3] = ["connect", "bind", "listen"];
 
 /// Compiled, and not yet in force.
-pub(super) struct Filter {
-    gated: BpfProgram,
-    plain: BpfProgram,
-}
+pub(super) struct Filter(BpfProgram);
 
 /// Compiles the filter for this machine. `None`: its kernel has no filters.
 pub(super) fn prepare() -> Result<Option<Filter>, Failed> {
     if !is_available(libc::SECCOMP_RET_ERRNO) {
         return Ok(None);
     }
-    let compile = |gated: &[&str]| program(OWN, gated).map_err(|error| Failed::new("seccomp", error));
-    Ok(Some(Filter { gated: compile(&GATED)?, plain: compile(&[])? }))
+    program(OWN, &GATED).map(|program| Some(Filter(program))).map_err(|error| Failed::new("seccomp", error))
 }
 
 /// Whether the kernel knows an action.
@@ -51,18 +47,19 @@ pub(super) fn is_available(action: u32) -> bool {
 impl Filter {
     /// Puts it in force for this process for good; needs no_new_privs. Gives the gate's end of what is referred to it,
     /// or `None` where this kernel, or another listener above, does not let it be.
-    pub(super) fn apply(self) -> Result<Option<OwnedFd>, Failed> {
+    pub(super) fn apply(&self) -> Result<Option<OwnedFd>, Failed> {
         const LISTEN: libc::c_ulong = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER;
         let failed = |errno| Failed::new("seccomp", errno);
         // Interrupted by nothing but death while the gate is at work: the gate's connect is not to be made twice.
         for flags in [LISTEN | libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, LISTEN] {
-            match install(&self.gated, flags) {
+            match install(&self.0, flags) {
                 // A kernel without the flag; without listeners; somebody above who listens already.
                 Err(Errno::EINVAL | Errno::EBUSY) => {}
                 result => return result.map_err(failed),
             }
         }
-        install(&self.plain, 0).map_err(failed)
+        let program = program(OWN, &[]).map_err(|error| Failed::new("seccomp", error))?;
+        install(&program, 0).map_err(failed)
     }
 }
 

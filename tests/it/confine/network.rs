@@ -46,15 +46,11 @@ impl Outside {
         Self::at(&self.broker)
     }
 
-    /// Its network, in a specification.
-    fn into_spec(&self, mut spec: Spec) -> Spec {
+    fn spec(&self, bench: &Bench, what: &str, args: &[String]) -> Spec {
+        let mut spec = bench.program(what, args);
         let network = Network { connect: vec![self.broker()], serve: vec![self.serve], local: self.local.into() };
         spec.confinement.as_mut().unwrap().network = network;
         spec
-    }
-
-    fn spec(&self, bench: &Bench, what: &str, args: &[String]) -> Spec {
-        self.into_spec(bench.program(what, args))
     }
 }
 
