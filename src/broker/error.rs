@@ -62,7 +62,7 @@ pub struct ModelError {
     pub message: String,
     /// Seconds that the provider asks to wait.
     pub retry_after: Option<u64>,
-    /// Whether the same call may work later.
+    /// Whether the same call may work soon.
     pub transient: bool,
     /// The provider's status, where it answered with one.
     pub http_status: Option<u16>,
@@ -143,6 +143,12 @@ impl ModelError {
         }
     }
 
+    /// The same, but not worth a repetition where the provider asks for a longer wait than that.
+    pub(super) fn within(mut self, longest_wait: Duration) -> Self {
+        self.transient &= self.retry_after.is_none_or(|seconds| Duration::from_secs(seconds) < longest_wait);
+        self
+    }
+
     /// The error for one that came as an event in the middle of a stream.
     pub(super) fn in_stream(said: &Said) -> Self {
         let is = |words: &[&str]| words.iter().any(|word| said.kind.contains(word) || said.code.contains(word));
@@ -169,17 +175,25 @@ impl ModelError {
         }
         let code = if self.code == "model_rate_limited" { "model_quota" } else { self.code };
         let told = (self.message.clone(), or(&said.kind, code), or(&said.code, code));
-        let text = format!("{} {} {}", told.0, told.1, told.2).to_lowercase();
-        let has = |words: &[&str]| words.iter().any(|word| text.contains(word));
-        if has(&OVERFLOW) || !has(&REPEATED) {
+        if has_any(&told, &OVERFLOW) || !has_any(&told, &REPEATED) {
             return told;
         }
         let message = match self.code {
             "model_auth" => "the model provider refused the key",
             "model_rate_limited" => "the quota at the model provider is used up",
+            "model_unavailable" => "the model provider is not available",
             _ => "the model provider rejected the call",
         };
         (message.to_owned(), code.to_owned(), code.to_owned())
+    }
+
+    /// The same for the middle of an answer, where no status says whether to repeat the call: only the words do.
+    pub(super) fn told_in_stream(&self, said: &Said) -> (String, String, String) {
+        let mut told = self.told(said);
+        if self.transient && !has_any(&told, &REPEATED) {
+            "server_error".clone_into(&mut told.1);
+        }
+        told
     }
 
     /// The status that OpenCode gets for it; it repeats a call that got 408, 409, 429 or 5xx.
@@ -190,6 +204,7 @@ impl ModelError {
                 ..400 => 400,
                 // A quota that is used up does not come back while OpenCode waits.
                 429 if !self.transient => 402,
+                408 | 409 | 500.. if !self.transient => 400,
                 status => status,
             };
             return StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_GATEWAY);
@@ -201,6 +216,11 @@ impl ModelError {
             _ => StatusCode::BAD_GATEWAY,
         }
     }
+}
+
+fn has_any(told: &(String, String, String), words: &[&str]) -> bool {
+    let text = format!("{} {} {}", told.0, told.1, told.2).to_lowercase();
+    words.iter().any(|word| text.contains(word))
 }
 
 fn seconds(duration: Duration) -> String {

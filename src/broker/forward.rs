@@ -1,13 +1,13 @@
 //! One call on its way to the provider and its answer on the way back.
 
-use super::error::{ModelError, Said};
+use super::error::{ModelError, Said, body};
 use super::observe::{Api, Form, Observer};
 use super::server::refuse;
-use super::session::{Call, Exhausted, Session};
+use super::session::{Call, Exhausted, Failed, Session};
 use super::{BrokerConfig, BrokerError, Inner, Upstream, dialect, priming};
 use crate::model::task::Provider;
 use axum::body::Body;
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use chrono::Utc;
 use futures_util::{Stream, StreamExt};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -37,6 +37,8 @@ const FORWARDED: [&str; 8] = [
 ];
 /// How much of an error body is read.
 const MAX_ERROR: usize = 64 * 1024;
+/// How much of an event is held back until the rest of it is there. A longer one is passed on as it comes.
+const MAX_HELD: usize = 64 * 1024;
 
 /// The client for all providers.
 ///
@@ -131,7 +133,7 @@ pub(super) async fn forward(
     if answer.status().is_success() {
         pass_on(call, api, answer, peek.stream, inner.config.idle_timeout).await
     } else {
-        not_ok(call, upstream, answer, inner.config.idle_timeout).await
+        not_ok(call, upstream, answer, &inner.config).await
     }
 }
 
@@ -212,7 +214,8 @@ fn refused(exhausted: Exhausted) -> Response<Body> {
 /// some: OpenCode knows a few of them. After one failure too many it is told so at once: it would wait, up to 40 s
 /// and more, only to be refused.
 fn failed(call: &mut Call, error: ModelError, said: &Said) -> Response<Body> {
-    if let Some(exhausted) = call.fail(error.clone()) {
+    call.fail(error.clone());
+    if let Some(exhausted) = call.failure().and_then(|failed| failed.exhausted) {
         return refused(exhausted);
     }
     let (message, kind, code) = error.told(said);
@@ -223,7 +226,22 @@ fn failed(call: &mut Call, error: ModelError, said: &Said) -> Response<Body> {
     response
 }
 
-async fn not_ok(mut call: Call, upstream: &Upstream, answer: reqwest::Response, idle: Duration) -> Response<Body> {
+/// The same as the last event of an answer that has begun.
+fn failed_event(failed: &Failed) -> Bytes {
+    let (message, kind, code) = match failed.exhausted {
+        Some(exhausted) => (exhausted.message().to_owned(), exhausted.code().to_owned(), exhausted.code().to_owned()),
+        None => failed.error.told_in_stream(&failed.said),
+    };
+    Bytes::from(format!("event: error\ndata: {}\n\n", body(&message, &kind, &code)))
+}
+
+async fn not_ok(
+    mut call: Call,
+    upstream: &Upstream,
+    answer: reqwest::Response,
+    config: &BrokerConfig,
+) -> Response<Body> {
+    let (idle, longest_wait) = (config.idle_timeout, config.longest_wait);
     let (status, headers) = (answer.status(), answer.headers().clone());
     let mut body = Vec::new();
     let mut stream = answer.bytes_stream();
@@ -236,7 +254,7 @@ async fn not_ok(mut call: Call, upstream: &Upstream, answer: reqwest::Response, 
         }
     }
     let said = Said::read(&body, &upstream.api_key);
-    let error = ModelError::from_status(status, &headers, &said, Utc::now());
+    let error = ModelError::from_status(status, &headers, &said, Utc::now()).within(longest_wait);
     failed(&mut call, error, &said)
 }
 
@@ -276,8 +294,9 @@ async fn pass_on(
             Err(_) => return failed(&mut call, ModelError::stalled(idle), &Said::default()),
         }
     }
-    call.observe_with(Observer::new(api, if streamed { Form::Stream } else { Form::Whole }));
-    let mut response = Response::new(Body::from_stream(relay(call, first, stream, idle)));
+    let form = if streamed { Form::Stream } else { Form::Whole };
+    call.observe_with(Observer::new(api, form));
+    let mut response = Response::new(Body::from_stream(relay(call, first, stream, idle, form)));
     *response.status_mut() = status;
     if let Some(kind) = kind {
         response.headers_mut().insert(header::CONTENT_TYPE, kind);
@@ -291,46 +310,83 @@ fn begins_an_event(bytes: &[u8]) -> bool {
     [&b"data:"[..], b"event:", b"id:", b"retry:", b":"].iter().any(|field| bytes.starts_with(field))
 }
 
-/// The provider's bytes as they come. An error in it makes the server abort OpenCode's connection; when OpenCode
-/// closes its connection this is dropped, and the provider's connection with it.
+/// The provider's bytes as they come, by whole events: what came of one is held back until the rest is there. A
+/// stream that fails ends with an event that says how, so that OpenCode has all that came before, and words that it
+/// repeats the call for or does not. Where that cannot be said, an error makes the server abort OpenCode's connection.
+/// When OpenCode closes its connection this is dropped, and the provider's connection with it.
 fn relay(
     call: Call,
     first: Option<Bytes>,
     mut stream: impl Stream<Item = reqwest::Result<Bytes>> + Unpin,
     idle: Duration,
+    form: Form,
 ) -> impl Stream<Item = io::Result<Bytes>> {
     async_stream::stream! {
         // Moved whole: its drop must see what happens here.
         let mut call = call;
+        let mut held = Held::default();
         if let Some(bytes) = first {
-            call.pass(&bytes);
-            yield Ok(bytes);
+            let whole = call.pass(&bytes);
+            let bytes = held.pass(&bytes, whole, call.has_failed());
+            if !bytes.is_empty() {
+                yield Ok(bytes);
+            }
         }
-        loop {
+        while !call.has_failed() {
             match timeout(idle, stream.next()).await {
                 Ok(Some(Ok(bytes))) => {
-                    call.pass(&bytes);
-                    yield Ok(bytes);
-                }
-                Ok(None) => {
-                    call.end();
-                    return;
+                    let whole = call.pass(&bytes);
+                    let bytes = held.pass(&bytes, whole, call.has_failed());
+                    if !bytes.is_empty() {
+                        yield Ok(bytes);
+                    }
                 }
                 // The answer was complete: nothing is missing.
                 Ok(Some(Err(_))) | Err(_) if call.is_settled() => return,
+                Ok(None) => {
+                    call.end();
+                    // One that asks for a tool goes on by itself; called again, OpenCode would run the tool twice.
+                    if call.failure().is_none() || call.asks_for_tools() && !call.has_failed() {
+                        if !held.bytes.is_empty() {
+                            yield Ok(held.bytes.freeze());
+                        }
+                        return;
+                    }
+                    break;
+                }
                 Ok(Some(Err(_))) => {
                     call.fail(ModelError::cut());
-                    // The server flushes where the body pauses: what came before the cut gets through.
-                    tokio::task::yield_now().await;
-                    yield Err(io::Error::other("the provider's connection broke"));
-                    return;
+                    break;
                 }
                 Err(_) => {
                     call.fail(ModelError::stalled(idle));
-                    yield Err(io::Error::other("the provider fell silent"));
-                    return;
+                    break;
                 }
             }
         }
+        match call.failure() {
+            Some(failed) if form == Form::Stream && !held.overflowed => yield Ok(failed_event(&failed)),
+            _ => yield Err(io::Error::other("the model's answer broke off")),
+        }
+    }
+}
+
+/// What has come of an event that is not whole yet.
+#[derive(Default)]
+struct Held {
+    bytes: BytesMut,
+    /// The event is longer than what is held back, and some of it was passed on.
+    overflowed: bool,
+}
+
+impl Held {
+    /// What can be passed on, with these bytes added, of which the first `whole` go to the end of an event. None of an
+    /// event that says that the answer `failed`.
+    fn pass(&mut self, bytes: &[u8], whole: usize, failed: bool) -> Bytes {
+        self.bytes.extend_from_slice(bytes);
+        let open = if whole == 0 { self.bytes.len() } else { bytes.len() - whole };
+        self.overflowed = open > MAX_HELD || self.overflowed && whole == 0;
+        let kept = if self.overflowed && !failed { 0 } else { open };
+        self.bytes.split_to(self.bytes.len() - kept).freeze()
     }
 }

@@ -28,6 +28,8 @@ const TICK: Duration = Duration::from_secs(1);
 const SILENCE: Duration = Duration::from_secs(45);
 /// How long an idle OpenCode may take to complete its last message.
 const SETTLE: Duration = Duration::from_secs(5);
+/// How long OpenCode may take to stop, once the broker refuses its calls.
+const WIND_DOWN: Duration = Duration::from_secs(2);
 /// How many shell commands of one run may send output at the same time.
 const MAX_SHELLS: usize = 64;
 
@@ -206,6 +208,8 @@ struct State<'a> {
     idle_since: Option<Instant>,
     /// Something that the agent asked for was refused, since nobody can answer: OpenCode stops then.
     permission_refused: bool,
+    /// The broker refuses every further call, for this reason; and until when OpenCode may take that in.
+    winding_down: Option<(Failure, Instant)>,
 }
 
 impl<'a> State<'a> {
@@ -226,6 +230,7 @@ impl<'a> State<'a> {
             last_sign: now,
             idle_since: None,
             permission_refused: false,
+            winding_down: None,
         }
     }
 
@@ -240,16 +245,20 @@ impl<'a> State<'a> {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
+            let wound_down = self.winding_down.as_ref().map_or_else(|| self.run.deadline, |(_, until)| *until);
             // The order is the order of precedence: a wish to end goes first, and what the shells wrote is taken in
             // before OpenCode's word that they have ended.
             let step = tokio::select! {
                 biased;
                 () = self.run.stop.cancelled() => break None,
-                () = tokio::time::sleep_until(self.run.deadline) => break Some(Err(timed_out(self.run.task))),
+                () = tokio::time::sleep_until(wound_down.min(self.run.deadline)) => break Some(Err(self.time_over())),
                 exit = process.exited() => break Some(Err(crashed(self.session, &exit.to_string()))),
                 Ok(()) = facts.changed() => {
-                    let facts = facts.borrow_and_update().clone();
-                    self.exhausted(&facts).map(Err)
+                    let exhausted = model_evidence(&facts.borrow_and_update()).exhausted;
+                    if let (None, Some(failure)) = (&self.winding_down, exhausted) {
+                        self.winding_down = Some((failure, Instant::now() + WIND_DOWN));
+                    }
+                    None
                 }
                 Some(call) = calls.recv(), if under_way.len() < MAX_SHELLS => {
                     let call: ShellCall = call;
@@ -384,6 +393,9 @@ impl<'a> State<'a> {
     /// Decides, where OpenCode is idle and its last message tells how it ended.
     async fn still_idle(&mut self) -> Option<Result<(), Failure>> {
         let since = self.idle_since?;
+        if let Some((failure, _)) = &self.winding_down {
+            return Some(Err(failure.clone()));
+        }
         let last = match self.last_assistant().await {
             Ok(last) => last,
             Err(error) => {
@@ -411,8 +423,9 @@ impl<'a> State<'a> {
         Ok(last.filter(|info| info.role == "assistant" && Some(&info.id) != self.before.as_ref()))
     }
 
-    fn exhausted(&self, facts: &Facts) -> Option<Failure> {
-        model_evidence(facts).exhausted
+    /// The run's own time is over, or the time that OpenCode had to stop by itself.
+    fn time_over(&self) -> Failure {
+        self.winding_down.as_ref().map_or_else(|| timed_out(self.run.task), |(failure, _)| failure.clone())
     }
 
     fn too_much_output(&self, bytes: u64) -> Option<Failure> {
