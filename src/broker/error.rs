@@ -175,7 +175,9 @@ impl ModelError {
         }
         let code = if self.code == "model_rate_limited" { "model_quota" } else { self.code };
         let told = (self.message.clone(), or(&said.kind, code), or(&said.code, code));
-        if has_any(&told, &OVERFLOW) || !has_any(&told, &REPEATED) {
+        let text = format!("{} {} {}", told.0, told.1, told.2).to_lowercase();
+        let has = |words: &[&str]| words.iter().any(|word| text.contains(word));
+        if has(&OVERFLOW) || !has(&REPEATED) {
             return told;
         }
         let message = match self.code {
@@ -189,11 +191,9 @@ impl ModelError {
 
     /// The same for the middle of an answer, where no status says whether to repeat the call: only the words do.
     pub(super) fn told_in_stream(&self, said: &Said) -> (String, String, String) {
-        let mut told = self.told(said);
-        if self.transient && !has_any(&told, &REPEATED) {
-            "server_error".clone_into(&mut told.1);
-        }
-        told
+        let told = self.told(said);
+        // It would show an error with "unavailable" in it in words of its own.
+        if self.transient { (told.0, "server_error".to_owned(), "server_error".to_owned()) } else { told }
     }
 
     /// The status that OpenCode gets for it; it repeats a call that got 408, 409, 429 or 5xx.
@@ -213,14 +213,11 @@ impl ModelError {
             "model_timeout" => StatusCode::GATEWAY_TIMEOUT,
             "model_rejected" => StatusCode::BAD_REQUEST,
             "model_auth" => StatusCode::UNAUTHORIZED,
+            "model_rate_limited" if self.transient => StatusCode::TOO_MANY_REQUESTS,
+            "model_rate_limited" => StatusCode::PAYMENT_REQUIRED,
             _ => StatusCode::BAD_GATEWAY,
         }
     }
-}
-
-fn has_any(told: &(String, String, String), words: &[&str]) -> bool {
-    let text = format!("{} {} {}", told.0, told.1, told.2).to_lowercase();
-    words.iter().any(|word| text.contains(word))
 }
 
 fn seconds(duration: Duration) -> String {

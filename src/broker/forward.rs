@@ -9,6 +9,7 @@ use crate::model::task::Provider;
 use axum::body::Body;
 use bytes::{Bytes, BytesMut};
 use chrono::Utc;
+use futures_util::stream::BoxStream;
 use futures_util::{Stream, StreamExt};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Incoming;
@@ -210,13 +211,19 @@ fn refused(exhausted: Exhausted) -> Response<Body> {
     refuse(StatusCode::BAD_REQUEST, exhausted.message(), exhausted.code(), exhausted.code())
 }
 
-/// Books the call as failed and tells OpenCode, with the provider's own words for the kind of error where it had
-/// some: OpenCode knows a few of them. After one failure too many it is told so at once: it would wait, up to 40 s
-/// and more, only to be refused.
+/// Books the call as failed and tells OpenCode.
 fn failed(call: &mut Call, error: ModelError, said: &Said) -> Response<Body> {
     call.fail(error.clone());
-    if let Some(exhausted) = call.failure().and_then(|failed| failed.exhausted) {
-        return refused(exhausted);
+    let failed = call.failure().unwrap_or_else(|| Failed::of(error));
+    told(&Failed { said: said.clone(), ..failed })
+}
+
+/// What OpenCode is told of a failed call, with the provider's own words for the kind of error where it had some:
+/// OpenCode knows a few of them. After one failure too many it is told so at once: it would wait, up to 40 s and more,
+/// only to be refused.
+fn told(Failed { error, said, exhausted }: &Failed) -> Response<Body> {
+    if let Some(exhausted) = exhausted {
+        return refused(*exhausted);
     }
     let (message, kind, code) = error.told(said);
     let mut response = refuse(error.status(), &message, &kind, &code);
@@ -263,6 +270,7 @@ fn media_type(headers: &HeaderMap) -> &str {
     value.split(';').next().unwrap_or_default().trim()
 }
 
+/// Hands an answer on, from its first event: one that fails before it gets a status that says so.
 async fn pass_on(
     mut call: Call,
     api: Api,
@@ -278,25 +286,18 @@ async fn pass_on(
             &Said::default(),
         );
     }
+    let form = if streamed { Form::Stream } else { Form::Whole };
     let is_events = media_type(headers).eq_ignore_ascii_case("text/event-stream");
     let (status, kind) = (answer.status(), headers.get(header::CONTENT_TYPE).cloned());
-    let mut stream = answer.bytes_stream().boxed();
-    let mut first = None;
-    if streamed && !is_events {
-        // OpenCode would read a web page as an answer without a finish reason, and call again at once.
-        match timeout(idle, stream.next()).await {
-            Ok(Some(Ok(bytes))) if begins_an_event(&bytes) => first = Some(bytes),
-            Ok(Some(Ok(_)) | None) => {
-                let error = ModelError::bad_response("a stream of events was asked for, and it is none");
-                return failed(&mut call, error, &Said::default());
-            }
-            Ok(Some(Err(_))) => return failed(&mut call, ModelError::cut(), &Said::default()),
-            Err(_) => return failed(&mut call, ModelError::stalled(idle), &Said::default()),
-        }
-    }
-    let form = if streamed { Form::Stream } else { Form::Whole };
     call.observe_with(Observer::new(api, form));
-    let mut response = Response::new(Body::from_stream(relay(call, first, stream, idle, form)));
+    let stream = answer.bytes_stream().fuse().boxed();
+    let mut relay = Relay { call, stream, idle, form, doubted: streamed && !is_events, held: Held::default() };
+    let first = match relay.next().await {
+        Next::Bytes(bytes) => bytes,
+        Next::End => Bytes::new(),
+        Next::Failed(how) => return told(&how),
+    };
+    let mut response = Response::new(Body::from_stream(relay.rest(first)));
     *response.status_mut() = status;
     if let Some(kind) = kind {
         response.headers_mut().insert(header::CONTENT_TYPE, kind);
@@ -310,63 +311,90 @@ fn begins_an_event(bytes: &[u8]) -> bool {
     [&b"data:"[..], b"event:", b"id:", b"retry:", b":"].iter().any(|field| bytes.starts_with(field))
 }
 
-/// The provider's bytes as they come, by whole events: what came of one is held back until the rest is there. A
-/// stream that fails ends with an event that says how, so that OpenCode has all that came before, and words that it
-/// repeats the call for or does not. Where that cannot be said, an error makes the server abort OpenCode's connection.
-/// When OpenCode closes its connection this is dropped, and the provider's connection with it.
-fn relay(
+/// The provider's bytes on their way to OpenCode, by whole events: what came of one is held back until the rest is
+/// there. When OpenCode closes its connection this is dropped, and the provider's connection with it.
+struct Relay {
     call: Call,
-    first: Option<Bytes>,
-    mut stream: impl Stream<Item = reqwest::Result<Bytes>> + Unpin,
+    stream: BoxStream<'static, reqwest::Result<Bytes>>,
     idle: Duration,
     form: Form,
-) -> impl Stream<Item = io::Result<Bytes>> {
-    async_stream::stream! {
-        // Moved whole: its drop must see what happens here.
-        let mut call = call;
-        let mut held = Held::default();
-        if let Some(bytes) = first {
-            let whole = call.pass(&bytes);
-            let bytes = held.pass(&bytes, whole, call.has_failed());
-            if !bytes.is_empty() {
-                yield Ok(bytes);
-            }
-        }
-        while !call.has_failed() {
-            match timeout(idle, stream.next()).await {
+    /// It does not call itself a stream of events, and nothing of it has come yet.
+    doubted: bool,
+    held: Held,
+}
+
+enum Next {
+    Bytes(Bytes),
+    End,
+    Failed(Failed),
+}
+
+impl Relay {
+    async fn next(&mut self) -> Next {
+        let call = &mut self.call;
+        let error = loop {
+            match timeout(self.idle, self.stream.next()).await {
+                // OpenCode would read a web page as an answer without a finish reason, and call again at once.
+                Ok(Some(Ok(bytes))) if std::mem::take(&mut self.doubted) && !begins_an_event(&bytes) => {
+                    break ModelError::bad_response("a stream of events was asked for, and it is none");
+                }
                 Ok(Some(Ok(bytes))) => {
                     let whole = call.pass(&bytes);
-                    let bytes = held.pass(&bytes, whole, call.has_failed());
+                    let bytes = self.held.pass(&bytes, whole, call.has_failed());
                     if !bytes.is_empty() {
-                        yield Ok(bytes);
+                        return Next::Bytes(bytes);
+                    }
+                    if let Some(failed) = call.failure().filter(|_| call.has_failed()) {
+                        return Next::Failed(failed);
                     }
                 }
                 // The answer was complete: nothing is missing.
-                Ok(Some(Err(_))) | Err(_) if call.is_settled() => return,
+                Ok(Some(Err(_))) | Err(_) if call.is_settled() => return Next::End,
                 Ok(None) => {
                     call.end();
                     // One that asks for a tool goes on by itself; called again, OpenCode would run the tool twice.
-                    if call.failure().is_none() || call.asks_for_tools() && !call.has_failed() {
-                        if !held.bytes.is_empty() {
-                            yield Ok(held.bytes.freeze());
-                        }
+                    let goes_on = call.asks_for_tools() && !call.has_failed();
+                    return match call.failure().filter(|_| !goes_on) {
+                        Some(failed) => Next::Failed(failed),
+                        None if self.held.bytes.is_empty() => Next::End,
+                        None => Next::Bytes(self.held.bytes.split().freeze()),
+                    };
+                }
+                Ok(Some(Err(_))) => break ModelError::cut(),
+                Err(_) => break ModelError::stalled(self.idle),
+            }
+        };
+        call.fail(error.clone());
+        Next::Failed(call.failure().unwrap_or_else(|| Failed::of(error)))
+    }
+
+    /// What goes to OpenCode. A stream that fails ends with an event that says how, so that OpenCode has all that came
+    /// before, and words that it repeats the call for or does not. Where that cannot be said, an error makes the server
+    /// abort OpenCode's connection.
+    fn rest(mut self, first: Bytes) -> impl Stream<Item = io::Result<Bytes>> {
+        async_stream::stream! {
+            if !first.is_empty() {
+                yield Ok(first);
+            }
+            loop {
+                // What failed before the last bytes were handed on is told after them.
+                let next = match self.call.failure().filter(|_| self.call.has_failed()) {
+                    Some(failed) => Next::Failed(failed),
+                    None => self.next().await,
+                };
+                match next {
+                    Next::Bytes(bytes) => yield Ok(bytes),
+                    Next::End => return,
+                    Next::Failed(failed) if self.form == Form::Stream && !self.held.overflowed => {
+                        yield Ok(failed_event(&failed));
                         return;
                     }
-                    break;
-                }
-                Ok(Some(Err(_))) => {
-                    call.fail(ModelError::cut());
-                    break;
-                }
-                Err(_) => {
-                    call.fail(ModelError::stalled(idle));
-                    break;
+                    Next::Failed(_) => {
+                        yield Err(io::Error::other("the model's answer broke off"));
+                        return;
+                    }
                 }
             }
-        }
-        match call.failure() {
-            Some(failed) if form == Form::Stream && !held.overflowed => yield Ok(failed_event(&failed)),
-            _ => yield Err(io::Error::other("the model's answer broke off")),
         }
     }
 }

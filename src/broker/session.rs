@@ -253,6 +253,12 @@ pub(super) struct Failed {
     pub(super) exhausted: Option<Exhausted>,
 }
 
+impl Failed {
+    pub(super) fn of(error: ModelError) -> Self {
+        Self { error, said: Said::default(), exhausted: None }
+    }
+}
+
 impl Call {
     /// The body of the answer begins.
     pub(super) fn observe_with(&mut self, observer: Observer) {

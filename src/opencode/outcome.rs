@@ -123,6 +123,11 @@ fn failure_of(error: &NamedError, evidence: &Evidence<'_>) -> Failure {
     if let Some(model) = &evidence.model.last_error {
         return model.clone();
     }
+    // OpenCode's words for an answer whose events are JSON of another form; they quote it all.
+    if error.message().starts_with("Type validation failed") {
+        let message = "The model provider's answer cannot be read: an event in it is none of a model.";
+        return Failure::new(Reason::ModelError, "model_bad_response", message);
+    }
     let reason = match error.name.as_str() {
         "MessageAbortedError" | "AbortError" => Reason::Internal,
         _ => Reason::ModelError,
@@ -213,6 +218,7 @@ mod tests {
         for (name, code, words) in [
             ("ContentFilterError", "model_content_filter", "withheld"),
             ("ContextOverflowError", "model_context_overflow", "215000 tokens"),
+            ("UnknownError", "model_rejected", "215000 tokens"),
         ] {
             let error = NamedError { name: name.into(), data: json!({"message":"x"}) };
             let evidence = Evidence { error: Some(&error), model: model.clone(), ..Evidence::default() };
@@ -220,6 +226,13 @@ mod tests {
             assert_eq!((failure.reason, failure.code.as_str()), (Reason::ModelError, code));
             assert!(failure.message.contains(words), "{}", failure.message);
         }
+        let data = json!({"message":"Type validation failed: Value: {\"a\":1}.\nError message: […]"});
+        let error = NamedError { name: "UnknownError".into(), data };
+        let Verdict::Failed(failure) = decide(&Evidence { error: Some(&error), ..Evidence::default() }) else {
+            panic!("not failed")
+        };
+        assert_eq!(failure.code, "model_bad_response");
+        assert!(!failure.message.contains("\"a\""), "{}", failure.message);
     }
 
     #[test]

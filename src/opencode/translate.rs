@@ -26,6 +26,8 @@ pub enum Signal {
     Busy,
     /// The agent has nothing to do: the run may be over.
     Idle,
+    /// OpenCode calls itself idle, but has not completed its answer yet. A prompt that comes now is lost.
+    Stopping,
     /// The model failed and OpenCode waits before it tries again.
     Retry { wait_ms: i64 },
     /// OpenCode reports an error; whether it ends the run is seen at the next `Idle`.
@@ -88,6 +90,8 @@ pub struct Translator {
     roles: HashMap<String, String>,
     /// Messages that sum up the conversation.
     summaries: HashSet<String>,
+    /// The agent's message that has begun and is not completed.
+    answering: Option<String>,
     /// Texts that have begun and not ended, in the order in which they began.
     texts: Vec<OpenText>,
     finished_texts: HashSet<String>,
@@ -113,6 +117,7 @@ impl Translator {
             workdir: workdir.trim_end_matches('/').to_owned(),
             roles: HashMap::new(),
             summaries: HashSet::new(),
+            answering: None,
             texts: Vec::new(),
             finished_texts: HashSet::new(),
             tools: HashMap::new(),
@@ -214,6 +219,7 @@ impl Translator {
             "message.part.updated" => self.part_updated(properties, session),
             "message.part.delta" => self.part_delta(properties),
             "session.status" => self.status(properties, session, now_ms),
+            "session.idle" if is_root && self.answering.is_some() => Step::signal(Signal::Stopping),
             "session.idle" if is_root => Step::signal(Signal::Idle),
             "session.error" => self.error(properties, is_root),
             "todo.updated" => self.todo(properties, is_root),
@@ -268,6 +274,13 @@ impl Translator {
             }
             if info.summary == true {
                 self.summaries.insert(info.id.clone());
+            }
+            if session == self.root {
+                if info.time.completed.is_none() {
+                    self.answering = Some(info.id.clone());
+                } else if self.answering.as_ref() == Some(&info.id) {
+                    self.answering = None;
+                }
             }
             let spent = (info.tokens, info.cost);
             // The message says what its step has cost only after the step's last part.
@@ -324,11 +337,16 @@ impl Translator {
         }
         self.texts.retain(|open| open.part != part.id);
         self.finished_texts.insert(part.id.clone());
+        let data = json!({ "part_id": part.id, "text": part.text, "final": true });
+        let event = NewEvent::new(kind.event_type(), data);
+        // After an error OpenCode ends what it had begun; the model has not.
+        if session == self.root && self.pending_error.is_some() {
+            return Step::event(event.with("abandoned", true));
+        }
         if session == self.root && kind == PartKind::Text && !part.text.is_empty() {
             self.final_text = Some(part.text.clone());
         }
-        let data = json!({ "part_id": part.id, "text": part.text, "final": true });
-        Step::event(NewEvent::new(kind.event_type(), data))
+        Step::event(event)
     }
 
     fn part_delta(&mut self, properties: &Value) -> Step {

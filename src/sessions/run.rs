@@ -26,10 +26,8 @@ use tokio_util::sync::CancellationToken;
 const TICK: Duration = Duration::from_secs(1);
 /// OpenCode sends a heartbeat every 10 s: a stream that is silent for longer than this is dead.
 const SILENCE: Duration = Duration::from_secs(45);
-/// How long an idle OpenCode may take to complete its last message.
+/// How long an idle OpenCode may take to complete its last message, and one whose calls are refused to become idle.
 const SETTLE: Duration = Duration::from_secs(5);
-/// How long OpenCode may take to stop, once the broker refuses its calls.
-const WIND_DOWN: Duration = Duration::from_secs(2);
 /// How many shell commands of one run may send output at the same time.
 const MAX_SHELLS: usize = 64;
 
@@ -106,7 +104,7 @@ impl Run<'_> {
         match result {
             None => Ending { reason: Reason::Cancelled, ..ending(Ok(()), &state.translator, usage) },
             Some(result) => {
-                let settled = state.idle_since.is_some();
+                let settled = state.idle_since.is_some() && state.stopping_since.is_none();
                 Ending { settled, ..ending(result, &state.translator, usage) }
             }
         }
@@ -206,6 +204,8 @@ struct State<'a> {
     last_sign: Instant,
     /// Since when OpenCode is idle.
     idle_since: Option<Instant>,
+    /// Since when it calls itself idle although its last message is not completed.
+    stopping_since: Option<Instant>,
     /// Something that the agent asked for was refused, since nobody can answer: OpenCode stops then.
     permission_refused: bool,
     /// The broker refuses every further call, for this reason; and until when OpenCode may take that in.
@@ -229,6 +229,7 @@ impl<'a> State<'a> {
             last_event: now,
             last_sign: now,
             idle_since: None,
+            stopping_since: None,
             permission_refused: false,
             winding_down: None,
         }
@@ -256,7 +257,7 @@ impl<'a> State<'a> {
                 Ok(()) = facts.changed() => {
                     let exhausted = model_evidence(&facts.borrow_and_update()).exhausted;
                     if let (None, Some(failure)) = (&self.winding_down, exhausted) {
-                        self.winding_down = Some((failure, Instant::now() + WIND_DOWN));
+                        self.winding_down = Some((failure, Instant::now() + SETTLE));
                     }
                     None
                 }
@@ -343,8 +344,13 @@ impl<'a> State<'a> {
             Signal::Busy => {
                 self.worked = true;
                 self.idle_since = None;
+                self.stopping_since = None;
+            }
+            Signal::Stopping => {
+                self.stopping_since.get_or_insert_with(Instant::now);
             }
             Signal::Idle => {
+                self.stopping_since = None;
                 self.idle_since.get_or_insert_with(Instant::now);
                 return self.still_idle().await;
             }
@@ -443,6 +449,10 @@ impl<'a> State<'a> {
         if self.run.writer.head().borrow().lost {
             let message = "The execution's log cannot be written; it ends, since nobody could see what it does.";
             return Some(Err(Failure::new(Reason::Internal, "log_lost", message)));
+        }
+        // A message that is never completed was given up in the middle.
+        if self.stopping_since.is_some_and(|since| since.elapsed() >= SETTLE) {
+            self.idle_since = self.idle_since.or(self.stopping_since);
         }
         if self.idle_since.is_some() {
             return self.still_idle().await;
