@@ -245,6 +245,7 @@ impl App {
                 header_timeout: config.model_header_timeout,
                 idle_timeout: config.model_idle_timeout,
                 max_failures: config.model_max_failures,
+                longest_wait: config.stall_timeout,
                 ..BrokerConfig::default()
             },
         )

@@ -62,7 +62,7 @@ pub struct ModelError {
     pub message: String,
     /// Seconds that the provider asks to wait.
     pub retry_after: Option<u64>,
-    /// Whether the same call may work later.
+    /// Whether the same call may work soon.
     pub transient: bool,
     /// The provider's status, where it answered with one.
     pub http_status: Option<u16>,
@@ -143,6 +143,12 @@ impl ModelError {
         }
     }
 
+    /// The same, but not worth a repetition where the provider asks for a longer wait than that.
+    pub(super) fn within(mut self, longest_wait: Duration) -> Self {
+        self.transient &= self.retry_after.is_none_or(|seconds| Duration::from_secs(seconds) < longest_wait);
+        self
+    }
+
     /// The error for one that came as an event in the middle of a stream.
     pub(super) fn in_stream(said: &Said) -> Self {
         let is = |words: &[&str]| words.iter().any(|word| said.kind.contains(word) || said.code.contains(word));
@@ -177,9 +183,17 @@ impl ModelError {
         let message = match self.code {
             "model_auth" => "the model provider refused the key",
             "model_rate_limited" => "the quota at the model provider is used up",
+            "model_unavailable" => "the model provider is not available",
             _ => "the model provider rejected the call",
         };
         (message.to_owned(), code.to_owned(), code.to_owned())
+    }
+
+    /// The same for the middle of an answer, where no status says whether to repeat the call: only the words do.
+    pub(super) fn told_in_stream(&self, said: &Said) -> (String, String, String) {
+        let told = self.told(said);
+        // It would show an error with "unavailable" in it in words of its own.
+        if self.transient { (told.0, "server_error".to_owned(), "server_error".to_owned()) } else { told }
     }
 
     /// The status that OpenCode gets for it; it repeats a call that got 408, 409, 429 or 5xx.
@@ -190,6 +204,7 @@ impl ModelError {
                 ..400 => 400,
                 // A quota that is used up does not come back while OpenCode waits.
                 429 if !self.transient => 402,
+                408 | 409 | 500.. if !self.transient => 400,
                 status => status,
             };
             return StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_GATEWAY);
@@ -198,6 +213,8 @@ impl ModelError {
             "model_timeout" => StatusCode::GATEWAY_TIMEOUT,
             "model_rejected" => StatusCode::BAD_REQUEST,
             "model_auth" => StatusCode::UNAUTHORIZED,
+            "model_rate_limited" if self.transient => StatusCode::TOO_MANY_REQUESTS,
+            "model_rate_limited" => StatusCode::PAYMENT_REQUIRED,
             _ => StatusCode::BAD_GATEWAY,
         }
     }

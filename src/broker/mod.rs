@@ -2,7 +2,8 @@
 //!
 //! Sessions talk to it on loopback, each with a token that is worth nothing elsewhere. It puts the provider's key
 //! on their calls, counts and bounds them, and says in typed words what goes wrong. It changes no byte of an answer
-//! and holds none back: only a small observer reads along. It also takes the shell taps' uploads, unread.
+//! and holds no event back: only a small observer reads along. An answer that fails in its middle keeps what came, and
+//! ends with an event that says so. It also takes the shell taps' uploads, unread.
 //!
 //! It does not know executions, OpenCode's own interface, or what is in a shell tap's frames. It logs no key, no
 //! prompt and no answer. No proxy is taken from the environment: calls go where the grant says and nowhere else.
@@ -48,6 +49,8 @@ pub struct BrokerConfig {
     /// Failed or unfinished calls of one session in a row before the broker refuses more: OpenCode itself would call
     /// again without end.
     pub max_failures: u32,
+    /// A provider that asks to wait so long, or longer, has failed for good: OpenCode would wait.
+    pub longest_wait: Duration,
     /// Longest body of a call, in bytes.
     pub max_body: usize,
 }
@@ -59,6 +62,7 @@ impl Default for BrokerConfig {
             idle_timeout: Duration::from_secs(120),
             connect_timeout: Duration::from_secs(10),
             max_failures: 5,
+            longest_wait: Duration::from_secs(300),
             max_body: 32 * 1024 * 1024,
         }
     }

@@ -1,6 +1,7 @@
 //! Reads along with an answer that passes by: how it ended, what it used, whether it was an answer at all.
 //!
-//! It changes nothing and keeps little: at most one event, and none of the text.
+//! It changes nothing and keeps little: at most one event, and none of the text. It says where an event ends, so that
+//! one that must not be passed on is known before any of it was.
 
 use super::error::{ModelError, Said};
 use secrecy::SecretString;
@@ -56,6 +57,8 @@ pub(super) struct Observer {
     /// Data of the event that is being read (or of the whole answer).
     event: Vec<u8>,
     after_cr: bool,
+    /// A field of the event that is being read has come.
+    pending: bool,
     /// The line or event is too long and is passed over.
     skip_line: bool,
     skip_event: bool,
@@ -64,6 +67,10 @@ pub(super) struct Observer {
     broken: u64,
     finish: Option<String>,
     done: bool,
+    /// It asks for a tool.
+    tools: bool,
+    /// An event was read after which the answer is worth nothing. Nothing further is read.
+    failed: bool,
     error: Option<Value>,
     pub(super) input_tokens: u64,
     pub(super) output_tokens: u64,
@@ -77,6 +84,7 @@ impl Observer {
             line: Vec::new(),
             event: Vec::new(),
             after_cr: false,
+            pending: false,
             skip_line: false,
             skip_event: false,
             skipped: false,
@@ -84,14 +92,18 @@ impl Observer {
             broken: 0,
             finish: None,
             done: false,
+            tools: false,
+            failed: false,
             error: None,
             input_tokens: 0,
             output_tokens: 0,
         }
     }
 
-    /// Reads the next bytes, split anywhere.
-    pub(super) fn feed(&mut self, mut bytes: &[u8]) {
+    /// Reads the next bytes, split anywhere. Gives how many of them go to the end of the last whole event; all of them
+    /// where the answer is no stream. Where the answer [has failed](Self::has_failed), it is the events before the one
+    /// that says so.
+    pub(super) fn feed(&mut self, bytes: &[u8]) -> usize {
         if self.form == Form::Whole {
             if self.event.len() + bytes.len() > MAX_EVENT {
                 self.skip_event = true;
@@ -101,30 +113,58 @@ impl Observer {
             if !self.skip_event {
                 self.event.extend_from_slice(bytes);
             }
-            return;
+            return bytes.len();
         }
-        while let Some(first) = bytes.first() {
-            if std::mem::take(&mut self.after_cr) && *first == b'\n' {
-                bytes = &bytes[1..];
+        let (mut at, mut whole) = (0, 0);
+        while at < bytes.len() && !self.failed && !self.done {
+            if std::mem::take(&mut self.after_cr) && bytes[at] == b'\n' {
+                at += 1;
+                if !self.pending {
+                    whole = at;
+                }
                 continue;
             }
-            let Some(end) = bytes.iter().position(|b| matches!(b, b'\n' | b'\r')) else {
-                self.append(bytes);
-                return;
+            let Some(end) = bytes[at..].iter().position(|b| matches!(b, b'\n' | b'\r')) else {
+                self.append(&bytes[at..]);
+                break;
             };
-            self.append(&bytes[..end]);
-            self.after_cr = bytes[end] == b'\r';
-            bytes = &bytes[end + 1..];
+            self.append(&bytes[at..at + end]);
+            at += end;
+            self.after_cr = bytes[at] == b'\r';
+            at += 1;
             self.end_line();
+            if !self.pending && !self.failed {
+                whole = at;
+            }
         }
+        // What follows the end belongs to nothing.
+        if self.done && !self.failed { bytes.len() } else { whole }
     }
 
     /// The body has ended: what is left counts as an event.
     pub(super) fn end(&mut self) {
+        if self.failed {
+            return;
+        }
         if self.form == Form::Stream && (!self.line.is_empty() || self.skip_line) {
             self.end_line();
         }
         self.end_event();
+    }
+
+    /// Whether an event said that the answer has failed, or cannot be read.
+    pub(super) fn has_failed(&self) -> bool {
+        self.failed
+    }
+
+    /// Whether it asks for a tool: then OpenCode goes on by itself, even where the finish reason is missing.
+    pub(super) fn asks_for_tools(&self) -> bool {
+        self.tools
+    }
+
+    /// What the provider said, where an event was an error.
+    pub(super) fn said(&self, key: &SecretString) -> Said {
+        self.error.as_ref().map(|error| Said::from_json(error, key)).unwrap_or_default()
     }
 
     /// Whether the answer says that nothing follows.
@@ -140,8 +180,12 @@ impl Observer {
     /// The judgement over an answer that has ended by itself: its finish reason (empty where an answer too long to
     /// be read ended as it should), or what was wrong.
     pub(super) fn verdict(&self, key: &SecretString) -> Result<String, ModelError> {
-        if let Some(error) = &self.error {
-            return Err(ModelError::in_stream(&Said::from_json(error, key)));
+        if self.error.is_some() {
+            return Err(ModelError::in_stream(&self.said(key)));
+        }
+        // OpenCode reads no further than that, so whatever follows is no help.
+        if self.broken > 0 && self.understood > 0 {
+            return Err(ModelError::bad_response("an event in it is no JSON"));
         }
         if let Some(finish) = &self.finish {
             // OpenCode takes an unknown reason for none, and calls again without end.
@@ -154,10 +198,12 @@ impl Observer {
             let what = if self.form == Form::Stream { "no event in it is one of a model" } else { "it is no JSON" };
             return Err(ModelError::bad_response(what));
         }
-        if self.broken > 0 {
-            return Err(ModelError::bad_response("an event in it is no JSON"));
-        }
         Err(ModelError::unfinished())
+    }
+
+    /// Whether it ends well, as far as it was read.
+    fn is_finished(&self) -> bool {
+        self.finish.as_deref().map_or(self.skipped, |finish| self.api.knows(finish))
     }
 
     fn append(&mut self, bytes: &[u8]) {
@@ -171,7 +217,9 @@ impl Observer {
 
     fn end_line(&mut self) {
         let line = std::mem::take(&mut self.line);
-        if std::mem::take(&mut self.skip_line) {
+        let skipped = std::mem::take(&mut self.skip_line);
+        self.pending = skipped || !line.is_empty() && (self.pending || !line.starts_with(b":"));
+        if skipped {
             self.skip_event = true;
         } else if line.is_empty() {
             self.end_event();
@@ -208,6 +256,9 @@ impl Observer {
                 Err(_) => self.broken += 1,
             }
         }
+        if self.form == Form::Stream {
+            self.failed = self.error.is_some() || self.broken > 0 || self.done && !self.tools && !self.is_finished();
+        }
         self.event = event;
         self.event.clear();
     }
@@ -230,6 +281,7 @@ impl Observer {
         if let Some(choices) = value["choices"].as_array() {
             self.understood += 1;
             for choice in choices {
+                self.tools |= choice["delta"]["tool_calls"].as_array().is_some_and(|calls| !calls.is_empty());
                 self.finished(&choice["finish_reason"]);
             }
         }
@@ -237,6 +289,7 @@ impl Observer {
     }
 
     fn understand_messages(&mut self, kind: &str, value: &Value) {
+        self.tools |= value["content_block"]["type"] == "tool_use";
         let usage = match kind {
             "message_start" => &value["message"]["usage"],
             "message" => {
@@ -266,6 +319,7 @@ impl Observer {
             return;
         }
         self.understood += 1;
+        self.tools |= value["item"]["type"] == "function_call";
         match response["status"].as_str() {
             Some("completed" | "incomplete") => {
                 self.finished(&response["status"]);
@@ -300,7 +354,9 @@ mod tests {
 
     fn read(api: Api, form: Form, pieces: &[&[u8]]) -> Observer {
         let mut observer = Observer::new(api, form);
-        pieces.iter().for_each(|piece| observer.feed(piece));
+        for piece in pieces {
+            observer.feed(piece);
+        }
         observer.end();
         observer
     }
@@ -364,6 +420,41 @@ mod tests {
         observer.feed(CHAT.as_bytes());
         observer.end();
         assert_eq!(verdict(&observer), Ok("stop".to_owned()));
+    }
+
+    #[test]
+    fn it_says_where_events_end() {
+        let mut observer = Observer::new(Api::Chat, Form::Stream);
+        let event = "data: {\"choices\":[]}\n\n";
+        for (bytes, whole) in [
+            (": ping\n".to_owned(), 7),
+            (format!("{event}{event}data: {{\"cho"), 2 * event.len()),
+            ("ices\":[]}\n".to_owned(), 0),
+            ("\r".to_owned(), 1),
+            ("\n".to_owned(), 1),
+            (format!("event: x\n: ping\n{event}"), 16 + event.len()),
+            (format!("{event}data: {{\"error\":\"no\"}}\n\n{event}"), event.len()),
+            (event.to_owned(), 0),
+        ] {
+            assert_eq!(observer.feed(bytes.as_bytes()), whole, "{bytes:?}");
+        }
+        assert!(observer.has_failed());
+        assert_eq!(verdict(&observer), Err("model_unavailable"));
+    }
+
+    #[test]
+    fn what_follows_a_broken_event_is_no_help_and_a_tool_is_its_own_finish() {
+        let start = "data: {\"choices\":[{\"delta\":{}}]}\n\n";
+        let end = "data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"stop\"}]}\n\ndata: [DONE]\n\n";
+        let broken = format!("{start}data: oops\n\n{end}");
+        assert_eq!(verdict(&read(Api::Chat, Form::Stream, &[broken.as_bytes()])), Err("model_bad_response"));
+        let unknown = end.replace("stop", "weird");
+        let observer = read(Api::Chat, Form::Stream, &[start.as_bytes(), unknown.as_bytes()]);
+        assert!(observer.has_failed() && !observer.asks_for_tools());
+        let tool = "data: {\"choices\":[{\"delta\":{\"tool_calls\":[{}]}}]}\n\n";
+        let observer = read(Api::Chat, Form::Stream, &[start.as_bytes(), tool.as_bytes(), unknown.as_bytes()]);
+        assert!(!observer.has_failed() && observer.asks_for_tools());
+        assert_eq!(verdict(&observer), Err("model_unfinished"));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What the broker knows of one session: its grant, its counters, and the lease that keeps it open.
 
-use super::error::ModelError;
+use super::error::{ModelError, Said};
 use super::observe::Observer;
 use super::{Budget, Grant, Sessions, Upstream};
 use bytes::Bytes;
@@ -217,6 +217,7 @@ impl Session {
             first_byte: None,
             observer: None,
             settled: false,
+            failure: None,
             _slot: slot,
         })
     }
@@ -237,8 +238,25 @@ pub(super) struct Call {
     first_byte: Option<Duration>,
     observer: Option<Observer>,
     settled: bool,
+    failure: Option<ModelError>,
     /// Its place among the calls under way.
     _slot: OwnedSemaphorePermit,
+}
+
+/// A call that has failed.
+#[derive(Debug)]
+pub(super) struct Failed {
+    pub(super) error: ModelError,
+    /// What the provider said in the middle of its answer.
+    pub(super) said: Said,
+    /// It was one failure too many.
+    pub(super) exhausted: Option<Exhausted>,
+}
+
+impl Failed {
+    pub(super) fn of(error: ModelError) -> Self {
+        Self { error, said: Said::default(), exhausted: None }
+    }
 }
 
 impl Call {
@@ -247,22 +265,33 @@ impl Call {
         self.observer = Some(observer);
     }
 
-    /// Bytes of the answer pass. A call whose answer says that it is complete is booked at once, before OpenCode
-    /// can see that.
-    pub(super) fn pass(&mut self, bytes: &[u8]) {
+    /// Bytes of the answer come by. Gives how many of them may be passed on: those of whole events, and none from the
+    /// event on that says that the call has failed. A call whose answer says that it is complete, or has failed, is
+    /// booked at once, before OpenCode can see that.
+    pub(super) fn pass(&mut self, bytes: &[u8]) -> usize {
         self.session.touch();
         self.first_byte.get_or_insert_with(|| self.started.elapsed());
-        if let Some(observer) = &mut self.observer {
-            observer.feed(bytes);
-            if observer.is_done() {
-                self.end();
-            }
+        let Some(observer) = &mut self.observer else { return bytes.len() };
+        let whole = observer.feed(bytes);
+        if observer.is_done() || observer.has_failed() {
+            self.end();
         }
+        whole
     }
 
     /// Whether it is booked already.
     pub(super) fn is_settled(&self) -> bool {
         self.settled
+    }
+
+    /// Whether its answer asks for a tool.
+    pub(super) fn asks_for_tools(&self) -> bool {
+        self.observer.as_ref().is_some_and(Observer::asks_for_tools)
+    }
+
+    /// Whether an event of the answer said that it has failed.
+    pub(super) fn has_failed(&self) -> bool {
+        self.observer.as_ref().is_some_and(Observer::has_failed)
     }
 
     /// The answer has ended by itself: what was seen of it decides.
@@ -283,15 +312,26 @@ impl Call {
         self.settle(outcome);
     }
 
-    /// The call has failed. Where that was one failure too many it says what OpenCode is to be told instead.
-    pub(super) fn fail(&mut self, error: ModelError) -> Option<Exhausted> {
+    /// The call has failed.
+    pub(super) fn fail(&mut self, error: ModelError) {
         self.settle(Outcome::Failed(error));
-        if self.session.control().epoch == self.epoch { self.session.facts.borrow().exhausted } else { None }
+    }
+
+    /// How it failed, where it was booked as failed, and what OpenCode is to be told of that.
+    pub(super) fn failure(&self) -> Option<Failed> {
+        let error = self.failure.clone()?;
+        let said = self.observer.as_ref().map(|o| o.said(&self.session.upstream.api_key)).unwrap_or_default();
+        let current = self.session.control().epoch == self.epoch;
+        let exhausted = self.session.facts.borrow().exhausted.filter(|_| current);
+        Some(Failed { error, said, exhausted })
     }
 
     fn settle(&mut self, outcome: Outcome) {
         if std::mem::replace(&mut self.settled, true) {
             return;
+        }
+        if let Outcome::Failed(error) = &outcome {
+            self.failure = Some(error.clone());
         }
         let (input_tokens, output_tokens) =
             self.observer.as_ref().map_or((0, 0), |observer| (observer.input_tokens, observer.output_tokens));

@@ -73,11 +73,7 @@ pub fn decide(evidence: &Evidence<'_>) -> Verdict {
             "permission_denied",
             "The agent stopped because something that it asked for was refused.",
         )),
-        Some("content-filter") => Verdict::Failed(Failure::new(
-            Reason::ModelError,
-            "model_content_filter",
-            "The model's provider withheld the answer (content filter).",
-        )),
+        Some("content-filter") => Verdict::Failed(content_filter()),
         Some("tool-calls") | None => Verdict::Undecided,
         Some(_) => Verdict::Failed(unfinished(evidence)),
     }
@@ -104,10 +100,33 @@ fn unfinished(evidence: &Evidence<'_>) -> Failure {
     })
 }
 
+fn content_filter() -> Failure {
+    Failure::new(
+        Reason::ModelError,
+        "model_content_filter",
+        "The model's provider withheld the answer (content filter).",
+    )
+}
+
 fn failure_of(error: &NamedError, evidence: &Evidence<'_>) -> Failure {
+    match error.name.as_str() {
+        "ContentFilterError" => return content_filter(),
+        // OpenCode has summed the conversation up, or tried to.
+        "ContextOverflowError" => {
+            let said = evidence.model.last_error.as_ref().map_or_else(|| error.message(), |e| e.message.clone());
+            let message = format!("The conversation is too long for the model, even summed up: {said}");
+            return Failure::new(Reason::ModelError, "model_context_overflow", message);
+        }
+        _ => {}
+    }
     // The broker saw the provider's answer itself and knows more than what OpenCode made of it.
     if let Some(model) = &evidence.model.last_error {
         return model.clone();
+    }
+    // OpenCode's words for an answer whose events are JSON of another form; they quote it all.
+    if error.message().starts_with("Type validation failed") {
+        let message = "The model provider's answer cannot be read: an event in it is none of a model.";
+        return Failure::new(Reason::ModelError, "model_bad_response", message);
     }
     let reason = match error.name.as_str() {
         "MessageAbortedError" | "AbortError" => Reason::Internal,
@@ -190,6 +209,30 @@ mod tests {
         let model = ModelEvidence { last_error: Some(seen.clone()), exhausted: None };
         let evidence = Evidence { error: Some(&error), model, ..Evidence::default() };
         assert_eq!(decide(&evidence), Verdict::Failed(seen));
+    }
+
+    #[test]
+    fn what_opencode_names_itself_has_a_code_of_the_models() {
+        let seen = Failure::new(Reason::ModelError, "model_rejected", "215000 tokens");
+        let model = ModelEvidence { last_error: Some(seen), exhausted: None };
+        for (name, code, words) in [
+            ("ContentFilterError", "model_content_filter", "withheld"),
+            ("ContextOverflowError", "model_context_overflow", "215000 tokens"),
+            ("UnknownError", "model_rejected", "215000 tokens"),
+        ] {
+            let error = NamedError { name: name.into(), data: json!({"message":"x"}) };
+            let evidence = Evidence { error: Some(&error), model: model.clone(), ..Evidence::default() };
+            let Verdict::Failed(failure) = decide(&evidence) else { panic!("not failed") };
+            assert_eq!((failure.reason, failure.code.as_str()), (Reason::ModelError, code));
+            assert!(failure.message.contains(words), "{}", failure.message);
+        }
+        let data = json!({"message":"Type validation failed: Value: {\"a\":1}.\nError message: […]"});
+        let error = NamedError { name: "UnknownError".into(), data };
+        let Verdict::Failed(failure) = decide(&Evidence { error: Some(&error), ..Evidence::default() }) else {
+            panic!("not failed")
+        };
+        assert_eq!(failure.code, "model_bad_response");
+        assert!(!failure.message.contains("\"a\""), "{}", failure.message);
     }
 
     #[test]

@@ -99,7 +99,8 @@ pub fn config(profile: &Profile, endpoints: &Endpoints<'_>) -> Value {
                 "baseURL": endpoints.model_url,
                 "apiKey": endpoints.token,
                 "timeout": 3_600_000,
-                "headerTimeout": later(endpoints.header_timeout),
+                // The broker's headers come with the first event.
+                "headerTimeout": later(endpoints.header_timeout + endpoints.idle_timeout),
                 "chunkTimeout": later(endpoints.idle_timeout),
             },
             "models": models,

@@ -9,9 +9,11 @@
 //!   heartbeats …), or it is not about a session of this run at all (`plugin.added`, `catalog.updated` …): no event;
 //! - anything else about a session of this run: `opencode`, word for word.
 //!
+//! What the model writes when it sums up the conversation is no word to the user: it is translated as `reasoning`.
+//!
 //! What is about a sub-agent has the sub-agent's session beside it, as `subagent`.
 
-use super::wire::{MessageInfo, NamedError, Part, RawEvent, Tokens};
+use super::wire::{MessageInfo, NamedError, Part, RawEvent, Tokens, sentence};
 use crate::model::event::{EventType, NewEvent, Severity};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -24,6 +26,8 @@ pub enum Signal {
     Busy,
     /// The agent has nothing to do: the run may be over.
     Idle,
+    /// OpenCode calls itself idle, but has not completed its answer yet. A prompt that comes now is lost.
+    Stopping,
     /// The model failed and OpenCode waits before it tries again.
     Retry { wait_ms: i64 },
     /// OpenCode reports an error; whether it ends the run is seen at the next `Idle`.
@@ -84,12 +88,18 @@ pub struct Translator {
     children: HashSet<String>,
     workdir: String,
     roles: HashMap<String, String>,
+    /// Messages that sum up the conversation.
+    summaries: HashSet<String>,
+    /// The agent's message that has begun and is not completed.
+    answering: Option<String>,
     /// Texts that have begun and not ended, in the order in which they began.
     texts: Vec<OpenText>,
     finished_texts: HashSet<String>,
     tools: HashMap<String, ToolCall>,
     /// Calls that run now and their tools, in the order in which they began.
     running: Vec<(String, String)>,
+    /// The calls of the answer that each session writes now, beside the session: a retry may make them again.
+    of_this_answer: Vec<(String, String)>,
     spent: BTreeMap<String, (Tokens, f64)>,
     files: Vec<String>,
     progress: Option<u8>,
@@ -106,10 +116,13 @@ impl Translator {
             children: HashSet::new(),
             workdir: workdir.trim_end_matches('/').to_owned(),
             roles: HashMap::new(),
+            summaries: HashSet::new(),
+            answering: None,
             texts: Vec::new(),
             finished_texts: HashSet::new(),
             tools: HashMap::new(),
             running: Vec::new(),
+            of_this_answer: Vec::new(),
             spent: BTreeMap::new(),
             files: Vec::new(),
             progress: None,
@@ -202,10 +215,11 @@ impl Translator {
         }
         let subagent = (!is_root).then(|| session.to_owned());
         let mut step = match event.kind.as_str() {
-            "message.updated" => self.message_updated(properties, is_root),
+            "message.updated" => self.message_updated(properties, session),
             "message.part.updated" => self.part_updated(properties, session),
             "message.part.delta" => self.part_delta(properties),
             "session.status" => self.status(properties, session, now_ms),
+            "session.idle" if is_root && self.answering.is_some() => Step::signal(Signal::Stopping),
             "session.idle" if is_root => Step::signal(Signal::Idle),
             "session.error" => self.error(properties, is_root),
             "todo.updated" => self.todo(properties, is_root),
@@ -250,17 +264,31 @@ impl Translator {
         }
     }
 
-    fn message_updated(&mut self, properties: &Value, is_root: bool) -> Step {
+    fn message_updated(&mut self, properties: &Value, session: &str) -> Step {
         let Ok(info) = MessageInfo::deserialize(&properties["info"]) else { return Step::default() };
         let mut step = Step::default();
         if info.role == "assistant" {
+            let is_new = !self.roles.contains_key(&info.id);
+            if is_new {
+                self.of_this_answer.retain(|(of, _)| of != session);
+            }
+            if info.summary == true {
+                self.summaries.insert(info.id.clone());
+            }
+            if session == self.root {
+                if info.time.completed.is_none() {
+                    self.answering = Some(info.id.clone());
+                } else if self.answering.as_ref() == Some(&info.id) {
+                    self.answering = None;
+                }
+            }
             let spent = (info.tokens, info.cost);
             // The message says what its step has cost only after the step's last part.
             if self.spent.insert(info.id.clone(), spent).unwrap_or_default() != spent {
                 step.events.push(self.usage_so_far());
             }
             // An error was not the end when a new answer of the model begins after it.
-            if is_root && info.time.completed.is_none() && info.error.is_none() && !self.roles.contains_key(&info.id) {
+            if session == self.root && info.time.completed.is_none() && info.error.is_none() && is_new {
                 step.events.extend(self.flush_error());
             }
         }
@@ -282,9 +310,10 @@ impl Translator {
             return Step::default();
         }
         match part.kind.as_str() {
+            "text" if self.summaries.contains(&part.message_id) => self.text_part(&part, PartKind::Reasoning, session),
             "text" => self.text_part(&part, PartKind::Text, session),
             "reasoning" => self.text_part(&part, PartKind::Reasoning, session),
-            "tool" => self.tool_part(&part),
+            "tool" => self.tool_part(&part, session),
             _ => Step::default(),
         }
     }
@@ -308,11 +337,16 @@ impl Translator {
         }
         self.texts.retain(|open| open.part != part.id);
         self.finished_texts.insert(part.id.clone());
+        let data = json!({ "part_id": part.id, "text": part.text, "final": true });
+        let event = NewEvent::new(kind.event_type(), data);
+        // After an error OpenCode ends what it had begun; the model has not.
+        if session == self.root && self.pending_error.is_some() {
+            return Step::event(event.with("abandoned", true));
+        }
         if session == self.root && kind == PartKind::Text && !part.text.is_empty() {
             self.final_text = Some(part.text.clone());
         }
-        let data = json!({ "part_id": part.id, "text": part.text, "final": true });
-        Step::event(NewEvent::new(kind.event_type(), data))
+        Step::event(event)
     }
 
     fn part_delta(&mut self, properties: &Value) -> Step {
@@ -328,7 +362,7 @@ impl Translator {
         Step::event(NewEvent::new(open.kind.event_type(), data))
     }
 
-    fn tool_part(&mut self, part: &Part) -> Step {
+    fn tool_part(&mut self, part: &Part, session: &str) -> Step {
         let mut step = Step::default();
         let state = &part.state;
         let ended = matches!(state.status.as_str(), "completed" | "error");
@@ -338,6 +372,7 @@ impl Translator {
             let data = json!({ "call_id": part.id, "tool": part.tool, "args": state.input });
             step.events.push(NewEvent::new(EventType::ToolCall, data));
             self.running.push((part.id.clone(), part.tool.clone()));
+            self.of_this_answer.push((session.to_owned(), part.id.clone()));
             if let (false, "bash", Some(command)) = (ended, part.tool.as_str(), state.input["command"].as_str()) {
                 step.shell_started = Some((part.id.clone(), command.to_owned()));
             }
@@ -358,17 +393,7 @@ impl Translator {
             Some("retry") => {
                 let wait_ms = status["next"].as_i64().map_or(0, |next| (next - now_ms).max(0));
                 let attempt = status["attempt"].as_u64().unwrap_or(0);
-                let cause: String = status["message"].as_str().unwrap_or("").chars().take(500).collect();
-                let mut event = NewEvent::log(
-                    Severity::Warn,
-                    "model_retry",
-                    &format!(
-                        "The model failed ({cause}); retry {attempt} follows in {:.1} s.",
-                        wait_ms as f64 / 1000.0
-                    ),
-                );
-                event.data["attempt"] = json!(attempt);
-                event.data["wait_ms"] = json!(wait_ms);
+                let event = self.retry(attempt, wait_ms, &sentence(status["message"].as_str().unwrap_or("")), session);
                 // The retry writes everything anew, in parts of its own.
                 let mut events = self.abandon(|open| open.session == session);
                 events.push(event);
@@ -377,6 +402,24 @@ impl Translator {
             // `session.idle` follows at once and is the one that counts.
             _ => Step::default(),
         }
+    }
+
+    /// The remark that a call of the model is made again, and that what the answer asked for so far was done.
+    fn retry(&mut self, attempt: u64, wait_ms: i64, cause: &str, session: &str) -> NewEvent {
+        let seconds = wait_ms as f64 / 1000.0;
+        let mut message = format!("The model failed ({cause}); retry {attempt} follows in {seconds:.1} s.");
+        let made: Vec<String> =
+            self.of_this_answer.extract_if(.., |(of, _)| of == session).map(|(_, call)| call).collect();
+        if !made.is_empty() {
+            message.push_str(" The answer that broke off had begun to use tools; the next one may do the same again.");
+        }
+        let mut event = NewEvent::log(Severity::Warn, "model_retry", &message);
+        event.data["attempt"] = json!(attempt);
+        event.data["wait_ms"] = json!(wait_ms);
+        if !made.is_empty() {
+            event.data["calls"] = json!(made);
+        }
+        event
     }
 
     fn error(&mut self, properties: &Value, is_root: bool) -> Step {

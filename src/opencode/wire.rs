@@ -40,6 +40,9 @@ pub struct MessageInfo {
     pub cost: f64,
     #[serde(default)]
     pub tokens: Tokens,
+    /// `true` for an assistant's message that sums up the conversation. A prompt's is an object.
+    #[serde(default)]
+    pub summary: Value,
 }
 
 /// Milliseconds since 1970.
@@ -83,10 +86,17 @@ pub struct NamedError {
 impl NamedError {
     /// The error's own sentence, at most 500 characters of it. A stack trace that follows it is nobody's business.
     pub fn message(&self) -> String {
-        let text = self.data.get("message").and_then(Value::as_str).unwrap_or(&self.name);
-        let text = text.split("\n    at ").next().unwrap_or_default();
-        text.chars().take(500).collect()
+        sentence(self.data.get("message").and_then(Value::as_str).unwrap_or(&self.name))
     }
+}
+
+/// At most 500 characters of what OpenCode says about an error. An error in the middle of an answer is told as its
+/// JSON: then the message in it.
+pub fn sentence(text: &str) -> String {
+    let object: Option<Map<String, Value>> = serde_json::from_str(text).ok();
+    let text = object.as_ref().and_then(|object| object.get("message")?.as_str()).unwrap_or(text);
+    let text = text.split("\n    at ").next().unwrap_or_default();
+    text.chars().take(500).collect()
 }
 
 /// One part of a message.

@@ -11,7 +11,7 @@ mod script;
 mod server;
 mod wire;
 
-pub use script::{Cut, Garbage, Script, Silence, Step, Tokens, ToolUse};
+pub use script::{Break, Cut, Garbage, Script, Silence, Step, Tokens, ToolUse};
 
 use crate::tasks::Tasks;
 use server::Shared;

@@ -18,7 +18,7 @@ pub struct Script(pub Vec<Step>);
 pub struct ToolUse {
     /// OpenCode's name of the tool: `write`, `bash`, `edit`, `read`, `todowrite` …
     pub name: String,
-    /// The tool's arguments, as OpenCode names them.
+    /// The tool's arguments, as OpenCode names them. A string goes out as it is, whether or not it is JSON.
     pub args: Value,
 }
 
@@ -52,7 +52,7 @@ pub enum Silence {
     Middle,
 }
 
-/// Where the connection is aborted.
+/// Where an answer breaks off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cut {
@@ -60,8 +60,27 @@ pub enum Cut {
     Start,
     /// After some text.
     Text,
-    /// In the middle of a tool call's arguments.
+    /// In the middle of the first tool call's arguments.
     Tool,
+    /// After the last tool call, which is whole, and before the finish reason.
+    Call,
+}
+
+/// How an answer breaks off.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Break {
+    /// The connection is aborted.
+    #[default]
+    Abort,
+    /// The body ends as if that were all.
+    End,
+    /// Nothing more comes.
+    Silence,
+    /// An event that is no JSON, then the end.
+    Garbage,
+    /// The provider's event for an error, with this in it, then the end: `{"type":"rate_limit_error","message":"…"}`.
+    Error(Value),
 }
 
 /// One answer. Every member may be absent; those that make sense together can be combined.
@@ -119,9 +138,12 @@ pub struct Step {
     /// Fault: fall silent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub silence: Option<Silence>,
-    /// Fault: abort the connection.
+    /// Fault: break off there.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cut: Option<Cut>,
+    /// In which way; without it the connection is aborted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub by: Option<Break>,
     /// Fault: close the connection without an answer.
     #[serde(skip_serializing_if = "is_false")]
     pub refuse: bool,
@@ -166,6 +188,7 @@ impl Step {
             garbage: None,
             silence: None,
             cut: None,
+            by: None,
             refuse: false,
             no_finish: false,
             finish: self.finish.clone().filter(Option::is_some),
@@ -227,12 +250,13 @@ impl Script {
         format!("{text}\n{OPEN}{json}{CLOSE}")
     }
 
-    /// The script that a prompt carries; `None` where it carries none.
+    /// The script that a prompt carries; `None` where it carries none. The last one counts where it carries several:
+    /// prompts that were not answered may come as one with the next.
     ///
     /// # Errors
     /// What is wrong with it.
     pub fn in_prompt(prompt: &str) -> Result<Option<Self>, serde_json::Error> {
-        let Some((_, rest)) = prompt.split_once(OPEN) else { return Ok(None) };
+        let Some((_, rest)) = prompt.rsplit_once(OPEN) else { return Ok(None) };
         let Some((script, _)) = rest.split_once(CLOSE) else { return Ok(None) };
         serde_json::from_str(script).map(Some)
     }
@@ -313,6 +337,8 @@ mod tests {
         assert_eq!(Script::in_prompt(&prompt).unwrap(), Some(script));
         assert_eq!(without_script(&prompt), "Please write a file.");
         assert_eq!(Script::in_prompt("nothing here").unwrap(), None);
+        let two = format!("{prompt}{}", Script::new().text("next").to_prompt("Go on."));
+        assert_eq!(Script::in_prompt(&two).unwrap(), Some(Script::new().text("next")));
     }
 
     #[test]
@@ -342,8 +368,8 @@ mod tests {
 
     #[test]
     fn healthy_keeps_everything_but_the_faults() {
-        let step: Step = serde_json::from_value(json!({"text": "t", "status": 500, "cut": "text", "finish": null,
-            "garbage": true, "silence": "body", "refuse": true, "times": 1}))
+        let step: Step = serde_json::from_value(json!({"text": "t", "status": 500, "cut": "text", "by": {"error": {}},
+            "finish": null, "garbage": true, "silence": "body", "refuse": true, "times": 1}))
         .unwrap();
         let healthy = step.healthy();
         assert_eq!(healthy, Step { text: Some("t".into()), times: Some(1), ..Step::default() });

@@ -1,7 +1,7 @@
 //! The scripted model's connections: what is written to them and when.
 
 use super::script::{Conversation, Garbage, Script, Silence, Step};
-use super::wire::{Stream, Wire};
+use super::wire::{After, GARBAGE, Stream, Wire};
 use super::{Counts, RecordedRequest};
 use crate::tasks::Tasks;
 use axum::body::Body;
@@ -247,7 +247,7 @@ async fn play(
         }
         Some(Garbage::Sse) => {
             open.finished = true;
-            return Ok(streamed(Body::from("data: {\"choices\": [{\"del\n\ndata: oops\n\n"), "text/event-stream"));
+            return Ok(streamed(Body::from(GARBAGE), "text/event-stream"));
         }
         None => {}
     }
@@ -263,13 +263,13 @@ fn body(open: Open, answer: Stream, step: Step) -> impl futures_util::Stream<Ite
     async_stream::stream! {
         // Moved whole: its drop must see what is set here.
         let mut open = open;
-        let Stream { events, head, aborted } = answer;
+        let Stream { events, head, after } = answer;
         if step.silence == Some(Silence::Body) {
             std::future::pending::<()>().await;
         }
         let last = events.len();
         for (sent, event) in events.into_iter().enumerate() {
-            if sent + 1 == last && !aborted {
+            if sent + 1 == last && after == After::End {
                 // The client may close the connection as soon as it has the last event.
                 open.finished = true;
             }
@@ -286,8 +286,11 @@ fn body(open: Open, answer: Stream, step: Step) -> impl futures_util::Stream<Ite
                 tokio::time::sleep(Duration::from_millis(delay)).await;
             }
         }
+        if after == After::Silence {
+            std::future::pending::<()>().await;
+        }
         open.finished = true;
-        if aborted {
+        if after == After::Abort {
             tokio::task::yield_now().await;
             yield Err(io::Error::other("the script cuts the connection"));
         }

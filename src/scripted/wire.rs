@@ -1,7 +1,10 @@
 //! How a step looks on the wire: OpenAI's chat completions and Anthropic's messages, streamed and whole.
 
-use super::script::{Conversation, Cut, Step, Tokens, without_script};
+use super::script::{Break, Conversation, Cut, Step, Tokens, ToolUse, without_script};
 use serde_json::{Value, json};
+
+/// Events that no client can read.
+pub(super) const GARBAGE: &str = "data: {\"choices\": [{\"del\n\ndata: oops\n\n";
 
 /// The protocol of a request, told by its path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,8 +26,15 @@ pub(super) struct Stream {
     pub(super) events: Vec<String>,
     /// How many of `events` are there before the first piece has gone out.
     pub(super) head: usize,
-    /// Whether the connection is aborted after them.
-    pub(super) aborted: bool,
+    pub(super) after: After,
+}
+
+/// What follows the last event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum After {
+    End,
+    Abort,
+    Silence,
 }
 
 fn split(text: &str, chars: Option<usize>, words: bool) -> Vec<String> {
@@ -52,6 +62,11 @@ fn tool_id(conversation: &Conversation, index: usize) -> String {
     format!("call_{}_{index}", conversation.answers)
 }
 
+/// A tool's arguments as they are written.
+fn arguments(tool: &ToolUse) -> String {
+    tool.args.as_str().map_or_else(|| tool.args.to_string(), str::to_owned)
+}
+
 fn pieces(step: &Step, conversation: &Conversation) -> Vec<Piece> {
     let mut pieces = Vec::new();
     if let Some(reasoning) = &step.reasoning {
@@ -71,7 +86,7 @@ fn pieces(step: &Step, conversation: &Conversation) -> Vec<Piece> {
     pieces.extend(parts.into_iter().map(Piece::Text));
     for (index, tool) in step.tools.iter().enumerate() {
         pieces.push(Piece::ToolStart { index, id: tool_id(conversation, index), name: tool.name.clone() });
-        let args = tool.args.to_string();
+        let args = arguments(tool);
         if step.cut == Some(Cut::Tool) {
             let [first, _] = halves(&args);
             pieces.push(Piece::ToolArgs { index, json: first });
@@ -118,7 +133,8 @@ impl Wire {
             }}))],
         };
         if step.cut == Some(Cut::Start) {
-            return Stream { events: Vec::new(), head: 0, aborted: true };
+            events.clear();
+            return self.broken(step, events, 0);
         }
         let head = events.len() + 1;
         match self {
@@ -126,7 +142,7 @@ impl Wire {
             Self::Anthropic => anthropic_pieces(step, conversation, &mut events),
         }
         if step.cut.is_some() {
-            return Stream { head: head.min(events.len()), events, aborted: true };
+            return self.broken(step, events, head);
         }
         if let Some(finish) = finish(step) {
             let Tokens { prompt, completion } = tokens(step);
@@ -150,7 +166,28 @@ impl Wire {
                 }
             }
         }
-        Stream { head: head.min(events.len()), events, aborted: false }
+        Stream { head: head.min(events.len()), events, after: After::End }
+    }
+
+    /// An answer that breaks off after these events.
+    fn broken(self, step: &Step, mut events: Vec<String>, head: usize) -> Stream {
+        let after = match step.by.clone().unwrap_or_default() {
+            Break::Abort => After::Abort,
+            Break::End => After::End,
+            Break::Silence => After::Silence,
+            Break::Garbage => {
+                events.push(GARBAGE.to_owned());
+                After::End
+            }
+            Break::Error(error) => {
+                events.push(match self {
+                    Self::OpenAi => data(&json!({"error": error})),
+                    Self::Anthropic => named(json!({"type": "error", "error": error})),
+                });
+                After::End
+            }
+        };
+        Stream { head: head.min(events.len()), events, after }
     }
 
     /// The whole answer of a request that did not ask for a stream.
@@ -166,7 +203,7 @@ impl Wire {
                     .enumerate()
                     .map(|(index, tool)| {
                         json!({"id": tool_id(conversation, index), "type": "function",
-                            "function": {"name": tool.name, "arguments": tool.args.to_string()}})
+                            "function": {"name": tool.name, "arguments": arguments(tool)}})
                     })
                     .collect();
                 let mut message = json!({"role": "assistant", "content": text});
@@ -272,7 +309,7 @@ fn anthropic_pieces(step: &Step, conversation: &Conversation, events: &mut Vec<S
         };
         events.push(named(json!({"type": "content_block_delta", "index": index, "delta": delta})));
     }
-    if open.is_some() && step.cut.is_none() {
+    if open.is_some() && step.cut.is_none_or(|cut| cut == Cut::Call) {
         events.push(named(json!({"type": "content_block_stop", "index": index})));
     }
 }

@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 const TICK: Duration = Duration::from_secs(1);
 /// OpenCode sends a heartbeat every 10 s: a stream that is silent for longer than this is dead.
 const SILENCE: Duration = Duration::from_secs(45);
-/// How long an idle OpenCode may take to complete its last message.
+/// How long an idle OpenCode may take to complete its last message, and one whose calls are refused to become idle.
 const SETTLE: Duration = Duration::from_secs(5);
 /// How long no limit is spoken of after one was.
 const QUIET: Duration = Duration::from_secs(1);
@@ -107,7 +107,7 @@ impl Run<'_> {
         match result {
             None => Ending { reason: Reason::Cancelled, ..ending(Ok(()), &state.translator, usage) },
             Some(result) => {
-                let settled = state.idle_since.is_some();
+                let settled = state.idle_since.is_some() && state.stopping_since.is_none();
                 Ending { settled, ..ending(result, &state.translator, usage) }
             }
         }
@@ -245,8 +245,12 @@ struct State<'a> {
     last_sign: Instant,
     /// Since when OpenCode is idle.
     idle_since: Option<Instant>,
+    /// Since when it calls itself idle although its last message is not completed.
+    stopping_since: Option<Instant>,
     /// Something that the agent asked for was refused, since nobody can answer: OpenCode stops then.
     permission_refused: bool,
+    /// The broker refuses every further call, for this reason; and until when OpenCode may take that in.
+    winding_down: Option<(Failure, Instant)>,
 }
 
 impl<'a> State<'a> {
@@ -266,7 +270,9 @@ impl<'a> State<'a> {
             last_event: now,
             last_sign: now,
             idle_since: None,
+            stopping_since: None,
             permission_refused: false,
+            winding_down: None,
         }
     }
 
@@ -283,16 +289,20 @@ impl<'a> State<'a> {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
+            let wound_down = self.winding_down.as_ref().map_or_else(|| self.run.deadline, |(_, until)| *until);
             // The order is the order of precedence: a wish to end goes first, and what the shells wrote is taken in
             // before OpenCode's word that they have ended.
             let step = tokio::select! {
                 biased;
                 () = self.run.stop.cancelled() => break None,
-                () = tokio::time::sleep_until(self.run.deadline) => break Some(Err(timed_out(self.run.task))),
+                () = tokio::time::sleep_until(wound_down.min(self.run.deadline)) => break Some(Err(self.time_over())),
                 exit = process.exited() => break Some(Err(crashed(self.session, &exit.to_string()).await)),
                 Ok(()) = facts.changed() => {
-                    let facts = facts.borrow_and_update().clone();
-                    self.exhausted(&facts).map(Err)
+                    let exhausted = model_evidence(&facts.borrow_and_update()).exhausted;
+                    if let (None, Some(failure)) = (&self.winding_down, exhausted) {
+                        self.winding_down = Some((failure, Instant::now() + SETTLE));
+                    }
+                    None
                 }
                 Some(call) = calls.recv(), if under_way.len() < MAX_SHELLS => {
                     let call: ShellCall = call;
@@ -404,8 +414,13 @@ impl<'a> State<'a> {
             Signal::Busy => {
                 self.worked = true;
                 self.idle_since = None;
+                self.stopping_since = None;
+            }
+            Signal::Stopping => {
+                self.stopping_since.get_or_insert_with(Instant::now);
             }
             Signal::Idle => {
+                self.stopping_since = None;
                 self.idle_since.get_or_insert_with(Instant::now);
                 return self.still_idle().await;
             }
@@ -454,6 +469,9 @@ impl<'a> State<'a> {
     /// Decides, where OpenCode is idle and its last message tells how it ended.
     async fn still_idle(&mut self) -> Option<Result<(), Failure>> {
         let since = self.idle_since?;
+        if let Some((failure, _)) = &self.winding_down {
+            return Some(Err(failure.clone()));
+        }
         let last = match self.last_assistant().await {
             Ok(last) => last,
             Err(error) => {
@@ -481,8 +499,9 @@ impl<'a> State<'a> {
         Ok(last.filter(|info| info.role == "assistant" && Some(&info.id) != self.before.as_ref()))
     }
 
-    fn exhausted(&self, facts: &Facts) -> Option<Failure> {
-        model_evidence(facts).exhausted
+    /// The run's own time is over, or the time that OpenCode had to stop by itself.
+    fn time_over(&self) -> Failure {
+        self.winding_down.as_ref().map_or_else(|| timed_out(self.run.task), |(failure, _)| failure.clone())
     }
 
     fn too_much_output(&self, bytes: u64) -> Option<Failure> {
@@ -500,6 +519,10 @@ impl<'a> State<'a> {
         if self.run.writer.head().borrow().lost {
             let message = "The execution's log cannot be written; it ends, since nobody could see what it does.";
             return Some(Err(Failure::new(Reason::Internal, "log_lost", message)));
+        }
+        // A message that is never completed was given up in the middle.
+        if self.stopping_since.is_some_and(|since| since.elapsed() >= SETTLE) {
+            self.idle_since = self.idle_since.or(self.stopping_since);
         }
         if self.idle_since.is_some() {
             return self.still_idle().await;

@@ -1,6 +1,6 @@
 //! The broker between a client and a scripted provider, over real sockets.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests are tests")]
 
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -269,14 +269,26 @@ async fn read(response: reqwest::Response) -> Result<Bytes, reqwest::Error> {
     response.bytes().await
 }
 
-/// Plays each step in a row: the status that OpenCode gets, whether its body is whole, the code.
-async fn each_is_typed(world: &World, cases: Vec<(Value, u16, bool, &str)>) {
-    for (step, status, whole, code) in cases {
+/// The error that the last event of a stream tells.
+fn told(body: &[u8]) -> Value {
+    let body = std::str::from_utf8(body).unwrap();
+    let last = body.trim_end().rsplit("\n\n").next().unwrap();
+    let data = last.strip_prefix("event: error\ndata: ").unwrap_or_else(|| panic!("ends otherwise: {body}"));
+    serde_json::from_str::<Value>(data).unwrap()["error"].clone()
+}
+
+/// Plays each step in a row: the status that OpenCode gets, the code. What fails within an answer is told at its end.
+async fn each_is_typed(world: &World, cases: Vec<(Value, u16, &str)>) {
+    for (step, status, code) in cases {
         let shown = step.to_string();
         let before = world.facts().failures_in_a_row;
         let response = world.chat(step).send().await.unwrap();
         assert_eq!(response.status(), status, "{shown}");
-        assert_eq!(read(response).await.is_ok(), whole, "{shown}");
+        let body = read(response).await.unwrap();
+        if status == 200 {
+            let (said, told) = (world.facts().last_error.unwrap().message, told(&body));
+            assert_eq!(told["message"], said, "{shown}");
+        }
         let facts = world.settled().await;
         assert_eq!(facts.last_error.unwrap().code, code, "{shown}");
         assert_eq!(facts.failures_in_a_row, before + 1, "{shown}");
@@ -289,15 +301,15 @@ async fn broken_answers_are_typed() {
         World::with(BrokerConfig { max_failures: 100, ..BrokerConfig::default() }, Provider::Custom, PLENTY).await;
     let tools = json!([{"name": "write", "args": {"filePath": "a"}}]);
     let cases = vec![
-        (json!({"garbage": "text"}), 502, true, "model_bad_response"),
-        (json!({"garbage": "sse"}), 200, true, "model_bad_response"),
-        (json!({"cut": "start"}), 200, false, "model_cut"),
-        (json!({"cut": "text", "text": "one two three"}), 200, false, "model_cut"),
-        (json!({"cut": "tool", "tools": tools}), 200, false, "model_cut"),
-        (json!({"refuse": true}), 502, true, "model_cut"),
-        (json!({"text": "one", "finish": null}), 200, true, "model_unfinished"),
-        (json!({"text": "one", "no_finish": true}), 200, true, "model_unfinished"),
-        (json!({"text": "one", "finish": "error"}), 200, true, "model_unfinished"),
+        (json!({"garbage": "text"}), 502, "model_bad_response"),
+        (json!({"garbage": "sse"}), 502, "model_bad_response"),
+        (json!({"cut": "start"}), 502, "model_cut"),
+        (json!({"cut": "text", "text": "one two three"}), 200, "model_cut"),
+        (json!({"cut": "tool", "tools": tools}), 200, "model_cut"),
+        (json!({"refuse": true}), 502, "model_cut"),
+        (json!({"text": "one", "finish": null}), 200, "model_unfinished"),
+        (json!({"text": "one", "no_finish": true}), 200, "model_unfinished"),
+        (json!({"text": "one", "finish": "error"}), 200, "model_unfinished"),
     ];
     each_is_typed(&world, cases).await;
     // One good call, and the row is broken.
@@ -313,13 +325,13 @@ async fn silence_is_typed() {
     // One clock at a time: the other must not be met on a busy machine.
     let config = BrokerConfig { header_timeout: soon, ..BrokerConfig::default() };
     let world = World::with(config, Provider::Custom, PLENTY).await;
-    each_is_typed(&world, vec![(json!({"silence": "headers"}), 504, true, "model_timeout")]).await;
+    each_is_typed(&world, vec![(json!({"silence": "headers"}), 504, "model_timeout")]).await;
     world.end().await;
     let config = BrokerConfig { idle_timeout: soon, ..BrokerConfig::default() };
     let world = World::with(config, Provider::Custom, PLENTY).await;
     let cases = vec![
-        (json!({"silence": "body"}), 200, false, "model_timeout"),
-        (json!({"text": "one two", "silence": "middle"}), 200, false, "model_timeout"),
+        (json!({"silence": "body"}), 504, "model_timeout"),
+        (json!({"text": "one two", "silence": "middle"}), 200, "model_timeout"),
     ];
     each_is_typed(&world, cases).await;
     world.end().await;

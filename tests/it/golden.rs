@@ -51,6 +51,7 @@ fn signal_line(signal: &Signal) -> Value {
     let (word, detail) = match signal {
         Signal::Busy => ("busy", Value::Null),
         Signal::Idle => ("idle", Value::Null),
+        Signal::Stopping => ("stopping", Value::Null),
         Signal::Retry { wait_ms } => ("retry", json!(wait_ms)),
         Signal::Error(error) => ("error", json!(error.name)),
         Signal::PermissionAsked { request_id } => ("permission_asked", json!(request_id)),

@@ -105,7 +105,9 @@ async fn follow(client: &Client, scenario: &Scenario) -> Vec<Recorded> {
     let act = scenario.act;
     let mut stream = client.events().await.unwrap();
     let session = client.create_session("golden").await.unwrap();
-    let prompt = Prompt { text: "Play the script.", agent: scenario.agent, system: None };
+    let text = "Play the script.";
+    let text = scenario.prompt.as_ref().map_or_else(|| text.to_owned(), |script| script.to_prompt(text));
+    let prompt = Prompt { text: &text, agent: scenario.agent, system: None };
     client.prompt(&session, &prompt).await.unwrap();
     let mut recorded = Vec::new();
     let mut over = false;

@@ -19,6 +19,8 @@ pub(super) enum Act {
 pub(super) struct Scenario {
     pub(super) name: &'static str,
     pub(super) script: Script,
+    /// What the prompt itself brings, where it does; then `script` is for all that OpenCode asks beside it.
+    pub(super) prompt: Option<Script>,
     /// Merged into OpenCode's configuration, member by member at the first two levels.
     pub(super) config: Value,
     pub(super) act: Act,
@@ -46,7 +48,7 @@ fn todos(first: &str, second: &str) -> Value {
 }
 
 fn scenario(name: &'static str, script: Script) -> Scenario {
-    Scenario { name, script, config: json!({}), act: Act::Nothing, agent: None }
+    Scenario { name, script, prompt: None, config: json!({}), act: Act::Nothing, agent: None }
 }
 
 pub(super) fn all() -> Vec<Scenario> {
@@ -130,6 +132,26 @@ pub(super) fn all() -> Vec<Scenario> {
                     "text": "The whole answer came at the second try, and the first half of it twice." }))
                 .unwrap(),
         ),
+        scenario(
+            "provider-error-after-a-call",
+            Script::new()
+                .json(json!({ "text": "Here it goes.", "cut": "call", "times": 1, "delay_ms": 50,
+                    "tools": [bash("echo once more >> done.txt; sleep 0.1")],
+                    "by": { "error": { "type": "server_error", "message": "too much" } } }))
+                .unwrap()
+                .text("It was done twice."),
+        ),
+        Scenario {
+            // The conversation that is summed up ends with what the command shows: the script for the summary.
+            prompt: Some(
+                Script::new()
+                    .bash(r#"echo '<script>[{"text":"What was said so far, in short."}]</script>'"#)
+                    .json(json!({ "status": 400,
+                        "body": { "error": { "message": "too long", "code": "context_length_exceeded" } } }))
+                    .unwrap(),
+            ),
+            ..scenario("too-long-then-well", Script::new().text("It fits now."))
+        },
         Scenario {
             act: Act::Abort,
             ..scenario("abort", Script::new().bash("echo begun; sleep 300; echo never").text("Never said."))
