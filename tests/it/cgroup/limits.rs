@@ -2,7 +2,7 @@
 
 use super::{Grouped, MIB, membership};
 use crate::sandbox::{DEADLINE, jail_of, line};
-use opencode_sidecar::sandbox::{KillMeans, Limits, Mechanism, Resource, ResourceEvents};
+use opencode_sidecar::sandbox::{KillMeans, Limits, Mechanism, Resource, ResourceEvents, User};
 use std::time::Instant;
 
 fn memory(bytes: u64) -> Limits {
@@ -148,7 +148,7 @@ async fn a_program_that_fails_for_lack_of_processes_is_told_apart() {
 #[cfg_attr(not(cgroups), ignore = "control groups cannot be made here")]
 async fn a_cpu_hog_gets_its_share_and_no_more() {
     let grouped = Grouped::new();
-    let script = "spin() { i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done; }; spin & spin & wait";
+    let script = "spin() { timeout 2 sh -c 'while :; do :; done'; }; spin & spin & wait";
     let began = Instant::now();
     let process = grouped.start(script, Limits { cpu_millis: Some(250), ..Limits::default() }).await;
     let gone = process.gone().await;
@@ -169,5 +169,29 @@ async fn a_neighbour_is_not_touched() {
     assert_eq!(line(&mut neighbour).await, "alive\n");
     let gone = neighbour.kill(DEADLINE).await.unwrap();
     assert_eq!(gone.events, ResourceEvents::default());
+    grouped.nothing_is_left().await;
+}
+
+/// The group's doors are opened by the jail, which may; the program as another user may not, and goes through them.
+#[tokio::test]
+#[cfg_attr(not(as_root), ignore = "acts as another user, which takes root")]
+#[cfg_attr(not(cgroups), ignore = "control groups cannot be made here")]
+async fn another_user_is_in_its_group_and_cannot_leave_it() {
+    let grouped = Grouped::new();
+    let directories = grouped.groups();
+    let leave = directories.iter().map(|group| format!("echo $$ > {}/cgroup.procs", group.parent().unwrap().display()));
+    let raise =
+        "for f in $(find /sys/fs/cgroup -path '*INSTANCE/test-1/*.max' -o -path '*INSTANCE/test-1/*limit_in_bytes'); \
+        do echo 100000 > $f && echo raised $f; done"
+            .replace("INSTANCE", &grouped.instance);
+    let leave: Vec<String> = leave.map(|line| format!("{{ {line} && echo left; }}")).collect();
+    let script = format!("({}; {raise}) 2>/dev/null; echo tried; sleep 1000; :", leave.join("; "));
+    let mut spec = grouped.spec(&script, memory(32 * MIB));
+    spec.user = Some(User { uid: 65534, gid: 65534 });
+    let mut process = grouped.bench.sandbox.start(spec).await.unwrap();
+    assert_eq!(line(&mut process).await, "tried\n");
+    let groups = membership(process.pid());
+    assert!(groups.lines().any(|line| line.starts_with("0::") && line.ends_with("/test-1")), "{groups}");
+    process.kill(DEADLINE).await.unwrap();
     grouped.nothing_is_left().await;
 }

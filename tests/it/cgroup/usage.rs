@@ -7,7 +7,7 @@ use opencode_sidecar::sandbox::{Gone, Limits, Usage};
 /// Works, writes 8 MiB to the disk and reads it back past the cache where the kernel lets it, holds 20 MiB, has three
 /// processes; then waits.
 const WORK: &str = r#"
-    i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done
+    i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done
     dd if=/dev/zero of=file bs=1048576 count=8 conv=fsync 2>/dev/null
     x=$(head -c 20971520 /dev/zero | tr '\0' x)
     sleep 1000 & sleep 1000 &
@@ -34,7 +34,7 @@ async fn a_group_counts() {
     assert!(usage.pids.unwrap() >= 3, "{usage:?}");
     assert!(usage.memory_bytes.unwrap() >= 20 * MIB, "{usage:?}");
     let (now, end) = (usage.cpu_seconds.unwrap(), gone.usage.cpu_seconds.unwrap());
-    assert!(now > 0.02 && now <= end, "{usage:?} {gone:?}");
+    assert!(now > 0.005 && now <= end, "{usage:?} {gone:?}");
     let jails = gone.cpu_seconds.unwrap();
     assert!((jails - end).abs() <= 0.1 + end * 0.2, "the group says {end} s, the jail {jails} s");
     assert!(gone.usage.memory_peak_bytes.is_none_or(|peak| peak >= 20 * MIB), "{gone:?}");
