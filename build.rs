@@ -1,5 +1,5 @@
 //! Builds the crate again when a migration is added: `sqlx::migrate!` reads the directory at compile time. And says
-//! whether it is built as root, where control groups can be made, and where a guest can be had: tests that act as another
+//! whether it is built as root, where control groups can be made, and whether `make guest` builds it: tests that act as another
 //! user, that are about a group's limits, or that boot the guest are reported as ignored otherwise.
 
 use std::os::unix::fs::MetadataExt;
@@ -16,7 +16,8 @@ fn main() {
         println!("cargo::rustc-cfg=cgroups");
     }
     println!("cargo::rustc-check-cfg=cfg(guest)");
-    if cfg!(target_arch = "x86_64") && Path::new("/usr/bin/apt-get").exists() {
+    println!("cargo::rerun-if-env-changed=OPENCODE_SIDECAR_GUEST");
+    if std::env::var_os("OPENCODE_SIDECAR_GUEST").is_some() {
         println!("cargo::rustc-cfg=guest");
     }
 }

@@ -94,10 +94,10 @@ async fn libraries(bench: &Bench, program: &str) -> Vec<String> {
 }
 
 #[tokio::test]
-#[cfg_attr(not(guest), ignore = "the guest is made of Debian's packages for x86-64")]
+#[cfg_attr(not(guest), ignore = "boots a virtual machine: make guest")]
 async fn the_same_holds_in_a_guest_with_version_2_alone() {
     let from = std::env::var_os("OPENCODE_SIDECAR_GUEST").map(PathBuf::from);
-    let from = from.expect("OPENCODE_SIDECAR_GUEST is what scripts/setup-guest prints; make test sets it");
+    let from = from.expect("OPENCODE_SIDECAR_GUEST is what scripts/setup-guest prints; make guest sets it");
     let bench = Bench::new();
     let directory = tempfile::tempdir().unwrap();
     let image = directory.path().join("image");
