@@ -35,3 +35,36 @@ impl Notice {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{claim, files};
+    use super::*;
+    use std::process::{Command, Stdio};
+    use std::time::Duration;
+
+    #[tokio::test]
+    #[cfg_attr(not(cgroups), ignore = "control groups cannot be made here")]
+    #[expect(clippy::disallowed_methods, reason = "a process that no jail knows")]
+    async fn the_end_of_the_last_process_is_told() {
+        let claim = claim(&uuid::Uuid::new_v4().to_string()).0.unwrap();
+        let group = claim.next("test");
+        group.make().unwrap();
+        let directory = group.unified.as_deref().unwrap();
+        let mut child = Command::new("sleep").arg("1000").stdin(Stdio::null()).spawn().unwrap();
+        files::write(directory, "cgroup.procs", &child.id().to_string()).unwrap();
+        let notice = Notice::open(directory, "cgroup.events").unwrap();
+        notice.changed().await.unwrap();
+        let told = tokio::time::timeout(Duration::from_secs(20), async {
+            while group.is_populated() {
+                notice.changed().await.unwrap();
+            }
+        });
+        assert!(group.is_populated());
+        child.kill().unwrap();
+        // Nobody looks now and then here: without the kernel's word this does not end.
+        told.await.unwrap();
+        child.wait().unwrap();
+        group.remove().unwrap();
+    }
+}

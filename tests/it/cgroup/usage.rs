@@ -4,8 +4,7 @@ use super::{Grouped, MIB, watched};
 use crate::sandbox::{Bench, DEADLINE, line};
 use opencode_sidecar::sandbox::{Gone, Limits, Usage};
 
-/// Works, writes 8 MiB to the disk and reads it back past the cache where the kernel lets it, holds 20 MiB, has three
-/// processes; then waits.
+/// Works, writes 8 MiB to the disk, holds 20 MiB, has three processes; then waits.
 const WORK: &str = r#"
     i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done
     dd if=/dev/zero of=file bs=1048576 count=8 conv=fsync 2>/dev/null
