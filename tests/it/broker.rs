@@ -320,6 +320,67 @@ async fn broken_answers_are_typed() {
 }
 
 #[tokio::test]
+async fn an_error_in_the_middle_is_told_in_our_words() {
+    let config = BrokerConfig { max_failures: 2, ..BrokerConfig::default() };
+    for (provider, path) in [(Provider::Custom, "/chat/completions"), (Provider::Anthropic, "/messages")] {
+        let world = World::with(config.clone(), provider, PLENTY).await;
+        let error = json!({"type": "overloaded_error", "message": format!("Overloaded, {KEY}")});
+        let step = json!({"text": "one two three four", "cut": "text", "by": {"error": error}});
+        let mut ends = Vec::new();
+        for _ in 0..2 {
+            let response = world.post(path).json(&call(step.clone())).send().await.unwrap();
+            let body = read(response).await.unwrap();
+            let text = String::from_utf8_lossy(&body);
+            assert!(text.contains("one ") && text.contains("two ") && !text.contains("three"), "{text}");
+            assert!(!text.contains(KEY) && text.matches("\"error\":").count() == 1, "{text}");
+            ends.push(told(&body));
+        }
+        assert_eq!(ends[0]["message"], "the model provider broke off with an error: Overloaded, [key]");
+        assert_eq!(ends[0]["type"], "server_error");
+        // One failure too many: nothing in it makes OpenCode call again.
+        assert_eq!(ends[1]["message"], Exhausted::Failures.message());
+        assert_eq!(ends[1]["type"], "model_error");
+        assert_eq!(world.settled().await.exhausted, Some(Exhausted::Failures));
+        world.end().await;
+    }
+}
+
+#[tokio::test]
+async fn an_event_longer_than_what_is_held_back_passes_whole() {
+    let world = World::new().await;
+    let long = "x".repeat(200_000);
+    for fault in [Value::Null, json!("abort")] {
+        let mut step = json!({"text": long, "chunk_chars": 1_000_000});
+        if !fault.is_null() {
+            step = json!({"tools": [{"name": "bash", "args": long}], "chunk_chars": 1_000_000, "cut": "call"});
+        }
+        let body = read(world.chat(step).send().await.unwrap()).await.unwrap();
+        assert!(String::from_utf8_lossy(&body).contains(&long));
+        assert_eq!(body.ends_with(b"data: [DONE]\n\n"), fault.is_null());
+        if !fault.is_null() {
+            assert!(told(&body)["message"].as_str().unwrap().contains("broke in the middle"));
+        }
+    }
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_wait_that_is_too_long_is_the_end() {
+    let config = BrokerConfig { longest_wait: Duration::from_secs(60), ..BrokerConfig::default() };
+    let world = World::with(config, Provider::Custom, PLENTY).await;
+    for (status, seconds, answer) in [(429, "60", 402), (429, "59", 429), (503, "60", 400), (503, "59", 503)] {
+        let step = json!({"status": status, "headers": {"retry-after": seconds}});
+        let response = world.chat(step).send().await.unwrap();
+        assert_eq!(response.status(), answer, "{status} {seconds}");
+        let last = world.settled().await.last_error.unwrap();
+        assert_eq!(last.retry_after, Some(seconds.parse().unwrap()));
+        assert_eq!(last.transient, seconds == "59");
+        world.lease.reset(PLENTY);
+    }
+    world.end().await;
+}
+
+#[tokio::test]
 async fn silence_is_typed() {
     let soon = Duration::from_millis(100);
     // One clock at a time: the other must not be met on a busy machine.

@@ -5,6 +5,7 @@
 
 mod callback;
 mod contract;
+mod faults;
 mod life;
 mod shapes;
 
