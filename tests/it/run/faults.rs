@@ -23,7 +23,8 @@ async fn a_task_of_its_own_fails_with_its_model_or_waits_for_it() {
     assert_eq!((&complete["status"], &complete["final_message"]), (&json!("completed"), &json!("After all.")));
     assert_eq!(complete["usage"]["model_calls"], 2);
     let retry = events.iter().find(|e| e["data"]["code"] == "model_retry").unwrap();
-    assert!((500..=1_000).contains(&retry["data"]["wait_ms"].as_u64().unwrap()), "{retry}");
+    // What is left of the wait when it is said: on a busy machine that may be little.
+    assert!(retry["data"]["wait_ms"].as_u64().unwrap() <= 1_000, "{retry}");
     assert!(!events.iter().any(|e| e["type"] == "error"));
     sidecar.stop().await;
 }
@@ -33,7 +34,7 @@ async fn budgets_end_a_run_that_would_go_on() {
     let world = World::new().await;
     let sidecar = world.start(&[]).await;
     let endless = (0..30).fold(Script::new(), |script, _| script.bash("true"));
-    let loud = Script::new().bash("yes | head -c 200000").bash("sleep 1000").text("never reached");
+    let loud = Script::new().bash("yes | head -c 200000").bash("sleep 96431").text("never reached");
     let by_calls = sidecar.submit_with(&endless, json!({ "limits": { "model_calls": 3 } })).await;
     let by_tokens = sidecar.submit_with(&endless, json!({ "limits": { "total_tokens": 250 } })).await;
     let by_output = sidecar.submit_with(&loud, json!({ "limits": { "output_bytes": 100_000 } })).await;
@@ -45,6 +46,6 @@ async fn budgets_end_a_run_that_would_go_on() {
         let fatal = events.iter().find(|e| e["type"] == "error" && e["data"]["fatal"] == true).unwrap();
         assert_eq!(fatal["data"]["code"], code);
     }
-    assert!(!crate::support::sidecar::runs("sleep 1000"));
+    assert!(!crate::support::sidecar::runs("sleep 96431"));
     sidecar.stop().await;
 }
