@@ -306,6 +306,8 @@ impl App {
                     limits: config.limits,
                     default_model,
                     keyring: config.keyring.clone(),
+                    unheld: protections.unheld.clone(),
+                    unheld_cpu: protections.unheld_cpu.clone(),
                 },
                 protections: protections.names.clone(),
                 session_idle: config.session_idle_timeout,

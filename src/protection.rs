@@ -19,6 +19,10 @@ pub struct Protections {
     pub missing: Vec<String>,
     /// Why no session may start, for people.
     pub refused: Option<String>,
+    /// Why memory, processes and disk of a session are not bounded, for people; `None`: they are.
+    pub unheld: Option<String>,
+    /// The same of its CPU time.
+    pub unheld_cpu: Option<String>,
 }
 
 impl Protections {
@@ -27,7 +31,16 @@ impl Protections {
         if config.sandbox == SandboxMode::Off {
             tracing::warn!("SANDBOX=off: the agent can reach whatever this process can");
             let names = vec!["subreaper".to_owned()];
-            return Self { names, require: BTreeSet::new(), missing: Vec::new(), refused: None };
+            let unheld = Some("SANDBOX=off".to_owned());
+            let limits = &config.limits;
+            let set = [limits.memory_bytes, limits.pids, limits.cpu_millis, limits.disk_bytes];
+            if set.iter().any(Option::is_some) {
+                tracing::warn!(
+                    "SANDBOX=off: nothing holds SESSION_MEMORY_BYTES, SESSION_PIDS, SESSION_CPU_MILLIS, SESSION_DISK_BYTES"
+                );
+            }
+            let (require, missing) = (BTreeSet::new(), Vec::new());
+            return Self { names, require, missing, refused: None, unheld: unheld.clone(), unheld_cpu: unheld };
         }
         let offered = match sandbox.offers().await {
             Ok(offers) => offers.confined.protections,
@@ -43,6 +56,13 @@ impl Protections {
             names.push("disk".to_owned());
         }
         names.push("subreaper".to_owned());
+        let unheld_cpu = match sandbox.resources().probe().cpu {
+            Some(_) => None,
+            None => Some("this host has no control group for CPU time".to_owned()),
+        };
+        if let (Some(why), Some(_)) = (&unheld_cpu, config.limits.cpu_millis) {
+            tracing::warn!(why, "nothing holds SESSION_CPU_MILLIS");
+        }
         let has = |name: &String| match name.as_str() {
             "cgroup" => mechanism != Mechanism::Watched,
             name => names.iter().any(|other| other == name),
@@ -57,9 +77,11 @@ impl Protections {
                     missing.join(", ")
                 );
                 tracing::error!("{refused}");
-                Self { names, require: require.collect(), missing, refused: Some(refused) }
+                Self { names, require: require.collect(), missing, refused: Some(refused), unheld: None, unheld_cpu }
             }
-            (SandboxMode::Required, true) => Self { names, require: require.collect(), missing, refused: None },
+            (SandboxMode::Required, true) => {
+                Self { names, require: require.collect(), missing, refused: None, unheld: None, unheld_cpu }
+            }
             (_, complete) => {
                 if !complete {
                     tracing::warn!(
@@ -67,7 +89,7 @@ impl Protections {
                         "SANDBOX=best-effort: sessions have less than the usual protection"
                     );
                 }
-                Self { names, require: BTreeSet::new(), missing, refused: None }
+                Self { names, require: BTreeSet::new(), missing, refused: None, unheld: None, unheld_cpu }
             }
         }
     }

@@ -25,6 +25,9 @@ pub struct Ceilings {
     pub default_model: Option<(ModelChoice, SecretString)>,
     /// Opens keys that come encrypted; `None`: such are refused.
     pub keyring: Option<Keyring>,
+    /// Why memory, processes and disk of a session are not bounded here, and why its CPU time is not; `None`: they are.
+    pub unheld: Option<String>,
+    pub unheld_cpu: Option<String>,
 }
 
 /// A field that cannot be taken, and why.
@@ -128,7 +131,7 @@ pub(super) fn admit(
         agent,
         workdir,
         timeout_seconds,
-        limits: limits(&request.limits.unwrap_or_default(), &ceilings.limits)?,
+        limits: limits(&request.limits.unwrap_or_default(), ceilings)?,
         metadata: request.metadata,
     };
     Ok((task, api_key))
@@ -179,7 +182,19 @@ pub(super) fn name(field: &str, value: &str) -> Result<(), FieldError> {
     Ok(())
 }
 
-fn limits(asked: &LimitsRequest, ceilings: &Limits) -> Result<Limits, FieldError> {
+fn limits(asked: &LimitsRequest, ceilings: &Ceilings) -> Result<Limits, FieldError> {
+    // What nothing would hold is not promised.
+    for (field, value, unheld) in [
+        ("limits.memory_bytes", asked.memory_bytes, &ceilings.unheld),
+        ("limits.pids", asked.pids, &ceilings.unheld),
+        ("limits.disk_bytes", asked.disk_bytes, &ceilings.unheld),
+        ("limits.cpu_millis", asked.cpu_millis, &ceilings.unheld_cpu),
+    ] {
+        if let (Some(_), Some(why)) = (value, unheld) {
+            return refuse(field, format!("cannot be held here: {why}"));
+        }
+    }
+    let ceilings = &ceilings.limits;
     let within = |field: &str, value: Option<u64>, ceiling: u64| match value {
         None => Ok(ceiling),
         Some(0) => refuse(field, "must be at least 1"),
@@ -216,6 +231,8 @@ mod tests {
             limits: Limits { output_bytes: 1000, model_calls: 10, total_tokens: 5000, ..Limits::default() },
             default_model: None,
             keyring: None,
+            unheld: None,
+            unheld_cpu: Some("no group".to_owned()),
         }
     }
 

@@ -121,6 +121,18 @@ impl Kept {
         if request.workdir.as_deref().is_some_and(|dir| !dir.is_empty()) {
             return refuse("workdir", "cannot be given with session_id: a session works in the workspace itself");
         }
+        if let Some(limits) = &request.limits {
+            for (field, value) in [
+                ("limits.memory_bytes", limits.memory_bytes),
+                ("limits.pids", limits.pids),
+                ("limits.cpu_millis", limits.cpu_millis),
+                ("limits.disk_bytes", limits.disk_bytes),
+            ] {
+                if value.is_some() {
+                    return refuse(field, "cannot be given with session_id: a session keeps what it was started with");
+                }
+            }
+        }
         let model = (self.record.model.clone(), self.api_key.clone());
         let (mut task, api_key) = admit::admit(request, ceilings, Some(&model))?;
         task.system_prompt = task.system_prompt.or_else(|| self.record.system_prompt.clone());

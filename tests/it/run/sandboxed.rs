@@ -52,6 +52,19 @@ async fn a_whole_task_runs_in_the_sandbox_and_its_record_says_what_was_on() {
 }
 
 #[tokio::test]
+async fn a_limit_that_nothing_holds_is_refused() {
+    let world = World::new().await;
+    let sidecar = world.start(&[("SANDBOX", "off")]).await;
+    for name in ["memory_bytes", "pids", "cpu_millis", "disk_bytes"] {
+        let body = json!({ "task_id": uuid::Uuid::new_v4(), "prompt": "x", "limits": { name: 1_000_000_000 } });
+        let (status, refused) = sidecar.post("/tasks/execute", body).await;
+        assert_eq!((status, &refused["details"]["field"]), (400, &json!(format!("limits.{name}"))), "{refused}");
+        assert!(refused["detail"].as_str().unwrap().contains("SANDBOX=off"), "{refused}");
+    }
+    sidecar.stop().await;
+}
+
+#[tokio::test]
 async fn a_tool_that_takes_too_much_is_ended_and_the_run_goes_on() {
     let world = World::new().await;
     let sidecar = world.start(&[DEFAULT, ("SESSION_PIDS", "400")]).await;

@@ -51,7 +51,11 @@ async fn an_idle_session_is_attached_to_parked_and_taken_up_again() {
         body
     };
     let model = json!({ "provider": "openai", "model": "m", "api_key": "k" });
-    for (more, field) in [(json!({ "model_config": model }), "model_config"), (json!({ "workdir": "a" }), "workdir")] {
+    for (more, field) in [
+        (json!({ "model_config": model }), "model_config"),
+        (json!({ "workdir": "a" }), "workdir"),
+        (json!({ "limits": { "pids": 100 } }), "limits.pids"),
+    ] {
         let (status, refused) = sidecar.post("/tasks/execute", body(more)).await;
         assert_eq!((status, &refused["details"]["field"]), (400, &json!(field)), "{refused}");
     }
