@@ -31,13 +31,15 @@ run-demo:
 
 test: need-rust need-npm ## Run every check and all tests: what has to pass
 	$(call step,Set-up)
-	@scripts/with-setup $(MAKE) --no-print-directory lint run-tests
+	@guest=$$(scripts/setup-guest --if-possible); \
+	if [[ -n $$guest ]]; then export OPENCODE_SIDECAR_GUEST=$$guest; fi; \
+	scripts/with-setup $(MAKE) --no-print-directory lint run-tests
 
 run-tests:
 	$(call step,Tests)
 	@cargo test --locked
 
-guest: need-rust ## The limits of control groups in a small virtual machine with version 2 alone (Debian's QEMU)
+guest: need-rust ## Of the tests, only the limits of control groups in a small virtual machine with version 2 alone (Debian's QEMU)
 	@guest=$$(scripts/setup-guest) && OPENCODE_SIDECAR_GUEST=$$guest cargo test --locked --test it -- --nocapture cgroup::guest
 
 lint: need-rust need-npm ## Check format, lints, dependencies and the compiled queries

@@ -1,5 +1,5 @@
 //! Builds the crate again when a migration is added: `sqlx::migrate!` reads the directory at compile time. And says
-//! whether it is built as root, where control groups can be made, and whether `make guest` builds it: tests that act as another
+//! whether it is built as root, where control groups can be made, and with a guest to boot: tests that act as another
 //! user, that are about a group's limits, or that boot the guest are reported as ignored otherwise.
 
 use std::os::unix::fs::MetadataExt;

@@ -62,7 +62,7 @@ pub(super) const REFERENCE: &[Variable] = &[
     var("SESSION_MODEL_CALLS", "200", "Most calls of a model in an execution"),
     var("SESSION_TOTAL_TOKENS", "5000000", "Most tokens, in and out, of an execution"),
     var("SESSION_MEMORY_BYTES", "", "Most memory of a session, all its processes together"),
-    var("SESSION_PIDS", "", "Most processes and threads of a session"),
+    var("SESSION_PIDS", "", "Most processes and threads of a session; all but 100, or half, are for its commands"),
     var("SESSION_CPU_MILLIS", "", "Most CPU time of a session, in thousandths of one CPU"),
     var("SESSION_DISK_BYTES", "", "Most bytes that a session may add to the disk"),
     var("SESSION_OUTPUT_BYTES", "64 MiB", "Most bytes of shell output of an execution"),

@@ -157,7 +157,7 @@ fn execute(policy: &Policy) -> Result<(Pid, Option<Confined>, Option<Gate>), Fai
     let (pid, confined, listener) = confine::start(confinement, policy.uid_gid, &program, doors)?;
     let gate = listener.map(|listener| {
         let user = policy.uid_gid.filter(|(uid, _)| *uid != unistd::getuid().as_raw());
-        Gate::new(listener, confinement.network.clone(), user)
+        Gate::new(listener, confinement.network.clone(), user, policy.group.clone())
     });
     Ok((pid, Some(confined), gate))
 }

@@ -399,7 +399,9 @@ impl Felt {
         if events.oom_kills > self.events.oom_kills {
             self.oom_kill = Some(now);
         }
-        if events.forks_refused > self.events.forks_refused {
+        // What is refused to its tools alone does not end the program.
+        let own = |events: ResourceEvents| events.forks_refused.saturating_sub(events.tool_forks_refused);
+        if own(events) > own(self.events) {
             self.fork_refused = Some(now);
         }
         self.events = events;

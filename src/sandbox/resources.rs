@@ -85,6 +85,10 @@ pub struct Limits {
     pub memory_bytes: Option<u64>,
     /// Processes and threads.
     pub pids: Option<u64>,
+    /// How many of these the program's tools may be together: whatever a shell tap runs. So a tool that forks without
+    /// end leaves the program some to go on with. Only a control group holds it, and only a confined program's tools
+    /// are told apart from it.
+    pub tool_pids: Option<u64>,
     /// Thousandths of one CPU; at least 10. Nothing holds it without a group.
     pub cpu_millis: Option<u64>,
 }
@@ -131,6 +135,8 @@ pub struct ResourceEvents {
     pub oom_kills: u64,
     /// Times that a new process or thread was refused because there were too many.
     pub forks_refused: u64,
+    /// How many of these were refused to tools by [`Limits::tool_pids`], and not to the program.
+    pub tool_forks_refused: u64,
 }
 
 /// What can run out.

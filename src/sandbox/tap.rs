@@ -49,6 +49,8 @@ pub fn is_called() -> bool {
 /// Runs the real shell with this process's arguments and ends as it does.
 pub fn run() -> ExitCode {
     let args: Vec<OsString> = env::args_os().skip(1).collect();
+    // First, so that all that a command does is counted there.
+    super::confine::step_aside();
     let mut uplink = connect();
     let shell = env::var_os(ENV_SHELL).unwrap_or_else(|| DEFAULT_SHELL.into());
     let start = |pid| {

@@ -27,6 +27,10 @@ const KILL: Duration = Duration::from_secs(10);
 const PRIME: Duration = Duration::from_secs(60);
 
 /// What a session is to be like.
+/// How many of its processes and threads a session keeps for OpenCode where its commands want them all; half of them
+/// where that is less. OpenCode 1.18.33 has about 25 threads on two CPUs, and some more for each further one.
+const KEPT_PIDS: u64 = 100;
+
 #[derive(Clone, Debug)]
 pub struct Wanted {
     pub id: SessionId,
@@ -49,7 +53,8 @@ impl Wanted {
 
     fn resources(&self) -> crate::sandbox::Limits {
         let Limits { memory_bytes, pids, cpu_millis, .. } = self.limits;
-        crate::sandbox::Limits { memory_bytes, pids, cpu_millis }
+        let tool_pids = pids.map(|pids| pids - (pids / 2).min(KEPT_PIDS));
+        crate::sandbox::Limits { memory_bytes, pids, tool_pids, cpu_millis }
     }
 
     /// Whether a session that was started for `other` does for this.

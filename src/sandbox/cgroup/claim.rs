@@ -103,6 +103,7 @@ fn clear(own: &Own, name: &str, missing: &mut Vec<String>) {
         io: None,
         freezer: v1("freezer"),
         cpuacct: v1("cpuacct"),
+        tools: None,
     };
     let children = stale.directories().into_iter().flat_map(files::children);
     let names: BTreeSet<_> = children.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect();

@@ -3,8 +3,11 @@
 use super::super::resources::{Limits, ResourceEvents, Usage};
 use super::claim::Claim;
 use super::events::Notice;
-use super::layout::{Layout, Version};
+use super::layout::{Layout, Place, Version};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::sleep;
@@ -25,10 +28,13 @@ pub(in super::super) struct Group {
 impl Group {
     /// Makes it, with its limits, before anything is in it. Blocks for a moment.
     pub(in super::super) fn make(claim: &Arc<Claim>, name: &str, limits: &Limits) -> io::Result<Self> {
-        let group = Self { layout: claim.next(name), _claim: Arc::clone(claim) };
+        let mut group = Self { layout: claim.next(name), _claim: Arc::clone(claim) };
         group.layout.make()?;
         // On an error it is dropped, and so removed.
         group.layout.limit(limits)?;
+        if let Some(pids) = limits.tool_pids {
+            group.layout.make_tools(pids)?;
+        }
         Ok(group)
     }
 
@@ -59,19 +65,26 @@ impl Group {
 
     /// What tells that [`Group::events`] may have changed.
     pub(in super::super) fn alarm(&self) -> Alarm {
-        let notice = |place: &Option<super::layout::Place>, file| {
-            let place = place.as_ref()?;
-            match place.version {
-                Version::V1 => None,
-                Version::V2 => Notice::open(&place.directory, file).ok(),
-            }
+        let Layout { memory, pids, tools, .. } = &self.layout;
+        let mut alarm = Alarm { notices: Vec::new(), looks: false };
+        let mut watch = |place: &Place, directory: &Path, file| match place.version {
+            // It says only before a kill that there will be one, so it is looked at.
+            Version::V1 => alarm.looks = true,
+            Version::V2 => match Notice::open(directory, file) {
+                Ok(notice) => alarm.notices.push(notice),
+                Err(_) => alarm.looks = true,
+            },
         };
-        let memory = notice(&self.layout.memory, "memory.events");
-        let pids = notice(&self.layout.pids, "pids.events");
-        // Version 1 says only before a kill that there will be one, so it is looked at.
-        let looks =
-            (memory.is_none() && self.layout.memory.is_some()) || (pids.is_none() && self.layout.pids.is_some());
-        Alarm { memory, pids, looks }
+        if let Some(place) = memory {
+            watch(place, &place.directory, "memory.events");
+        }
+        for place in pids.iter().chain(tools) {
+            watch(place, &place.directory, "pids.events");
+        }
+        for (place, _) in pids.iter().zip(tools) {
+            watch(place, &self.layout.main_in(&place.directory), "pids.events");
+        }
+        alarm
     }
 
     /// Freezes or thaws it, and waits until the kernel says that it is done.
@@ -124,27 +137,23 @@ async fn wait(notice: Option<&Notice>) {
 /// Tells when a limit may have been felt.
 #[derive(Debug)]
 pub(in super::super) struct Alarm {
-    memory: Option<Notice>,
-    pids: Option<Notice>,
+    notices: Vec<Notice>,
     looks: bool,
 }
 
 impl Alarm {
     /// Waits for it; for ever where no limit can be felt. Dropping the wait loses nothing.
     pub(in super::super) async fn rings(&self) {
-        let changed = async |notice: &Option<Notice>| match notice {
-            Some(notice) => {
-                if notice.changed().await.is_err() {
-                    std::future::pending().await
-                }
+        let changed = async |notice: &Notice| {
+            if notice.changed().await.is_err() {
+                std::future::pending().await
             }
-            None => std::future::pending().await,
         };
-        let looks = async || if self.looks { sleep(LOOK).await } else { std::future::pending().await };
+        let look = async || if self.looks { sleep(LOOK).await } else { std::future::pending().await };
+        let mut changes: FuturesUnordered<_> = self.notices.iter().map(changed).collect();
         tokio::select! {
-            () = changed(&self.memory) => {}
-            () = changed(&self.pids) => {}
-            () = looks() => {}
+            Some(()) = changes.next() => {}
+            () = look() => {}
         }
     }
 }

@@ -17,6 +17,10 @@ use std::time::{Duration, Instant};
 /// How long a group may take to freeze before its processes are killed one by one all the same.
 const FREEZE: Duration = Duration::from_millis(100);
 
+/// The part of a group that its program's tools move to, and on version 2 that of the program itself.
+const TOOLS: &str = "tools";
+const MAIN: &str = "main";
+
 /// Which of the two a controller's directory is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -46,6 +50,9 @@ pub(in super::super) struct Layout {
     pub(in super::super) freezer: Option<PathBuf>,
     /// Likewise.
     pub(in super::super) cpuacct: Option<PathBuf>,
+    /// The part of the group that its program's tools move to, where they have a limit of their own. Only processes
+    /// are counted there; whatever else they use is the whole group's.
+    pub(in super::super) tools: Option<Place>,
 }
 
 impl Layout {
@@ -63,6 +70,7 @@ impl Layout {
             io: path(&self.io),
             freezer: path(&self.freezer),
             cpuacct: path(&self.cpuacct),
+            tools: None,
         }
     }
 
@@ -115,10 +123,40 @@ impl Layout {
         Ok(())
     }
 
+    /// Makes the part for tools, of which there may be so many, in a group that is made and empty.
+    pub(super) fn make_tools(&mut self, pids: u64) -> io::Result<()> {
+        let Some(Place { directory, version }) = &self.pids else { return Ok(()) };
+        if *version == Version::V2 {
+            files::make(&directory.join(MAIN))?;
+            files::write(directory, "cgroup.subtree_control", "+pids")?;
+        }
+        let tools = Place { directory: directory.join(TOOLS), version: *version };
+        files::make(&tools.directory)?;
+        v2::limit_pids(&tools.directory, pids)?;
+        self.tools = Some(tools);
+        Ok(())
+    }
+
+    /// Moves a process of this group to its tools.
+    pub(in super::super) fn move_to_tools(&self, pid: i32) -> io::Result<()> {
+        let tools = self.tools.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        files::write(&tools.directory, "cgroup.procs", &pid.to_string())
+    }
+
+    /// Where in a directory of the group its program is: on version 2 no process is beside a part that has a
+    /// controller.
+    pub(super) fn main_in(&self, directory: &Path) -> PathBuf {
+        let split = self
+            .tools
+            .as_ref()
+            .is_some_and(|tools| tools.version == Version::V2 && tools.directory.parent() == Some(directory));
+        if split { directory.join(MAIN) } else { directory.to_owned() }
+    }
+
     /// Opens what a process writes to in order to join, for [`join`]. The kernel asks the rights of whoever opened it.
     pub(in super::super) fn doors(&self) -> io::Result<Vec<OwnedFd>> {
         let open = |directory: &Path| {
-            let path = directory.join("cgroup.procs");
+            let path = self.main_in(directory).join("cgroup.procs");
             let file = fs::OpenOptions::new().write(true).open(&path);
             file.map(OwnedFd::from)
                 .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
@@ -227,11 +265,23 @@ impl Layout {
             Version::V1 => v1::oom_kills(&place.directory),
             Version::V2 => v2::oom_kills(&place.directory),
         });
-        let forks_refused = self.pids.as_ref().and_then(|place| v2::forks_refused(&place.directory));
-        ResourceEvents {
-            oom_kills: oom_kills.unwrap_or(before.oom_kills),
-            forks_refused: forks_refused.unwrap_or(before.forks_refused),
-        }
+        let (forks_refused, tool_forks_refused) =
+            self.forks_refused().unwrap_or((before.forks_refused, before.tool_forks_refused));
+        ResourceEvents { oom_kills: oom_kills.unwrap_or(before.oom_kills), forks_refused, tool_forks_refused }
+    }
+
+    /// In all, and of these to the tools.
+    fn forks_refused(&self) -> Option<(u64, u64)> {
+        let group = self.pids.as_ref()?;
+        let all = v2::forks_refused(&group.directory)?;
+        let Some(tools) = &self.tools else { return Some((all, 0)) };
+        let of_tools = v2::forks_refused(&tools.directory)?;
+        let all = match tools.version {
+            Version::V1 => all + of_tools,
+            // The group says it for its parts too, but before Linux 6.11 only where the process was that forked.
+            Version::V2 => all.max(v2::forks_refused(&self.main_in(&group.directory))? + of_tools),
+        };
+        Some((all, of_tools))
     }
 }
 

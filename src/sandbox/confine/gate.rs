@@ -9,9 +9,13 @@
 //! It is part of the jail's one thread, so it never waits: a socket that blocks is connected without blocking, and the
 //! answer is given when the kernel has one.
 //!
+//! A connect to [`ASIDE`] is no connect: with it the shell tap asks to be moved to the tools' part of its control group,
+//! where less may be done than outside of it, so everyone may ask. The gate is the one that may move it.
+//!
 //! What is wildcard is made loopback: a program that listens on every address listens on those of this machine alone.
 
 use super::Network;
+use crate::sandbox::cgroup::Layout;
 use nix::libc::{self, seccomp_notif, seccomp_notif_resp};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
@@ -23,6 +27,15 @@ use rustix::thread::{set_thread_res_gid, set_thread_res_uid};
 use std::io::IoSliceMut;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+
+/// Where nothing can listen.
+const ASIDE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+/// Asks for what this process will start to be counted with the tools. Wherever nothing counts them, it does nothing.
+pub(in crate::sandbox) fn step_aside() {
+    // Refused in any case.
+    let _ = std::net::TcpStream::connect(ASIDE);
+}
 
 /// The most connects that may wait for the kernel's answer. Each holds a descriptor of the jail.
 const MOST_PENDING: usize = 256;
@@ -37,6 +50,8 @@ pub(in crate::sandbox) struct Gate {
     network: Network,
     /// Whose memory and descriptors it looks at, where that is another user than the jail's.
     user: Option<(u32, u32)>,
+    /// The program's control group.
+    group: Option<Layout>,
     pending: Vec<Pending>,
 }
 
@@ -55,8 +70,13 @@ enum Next {
 
 impl Gate {
     /// For a program that runs as `user`, if it is not the jail's own.
-    pub(in crate::sandbox) fn new(listener: OwnedFd, network: Network, user: Option<(u32, u32)>) -> Self {
-        Self { listener, network, user, pending: Vec::new() }
+    pub(in crate::sandbox) fn new(
+        listener: OwnedFd,
+        network: Network,
+        user: Option<(u32, u32)>,
+        group: Option<Layout>,
+    ) -> Self {
+        Self { listener, network, user, group, pending: Vec::new() }
     }
 
     /// What to poll for.
@@ -124,6 +144,13 @@ impl Gate {
         let address = self.address(thread, address, length as u32)?;
         self.still_there(call.id)?;
         match libc::c_long::from(call.data.nr) {
+            libc::SYS_connect if address == ASIDE => {
+                // Its number cannot be another's by now but if all numbers were used up since the last line.
+                if let Some(group) = &self.group {
+                    let _ = group.move_to_tools(thread);
+                }
+                Err(Errno::CONNREFUSED)
+            }
             libc::SYS_connect => self.connect(socket, address),
             libc::SYS_bind => self.bind(&socket, address).map(|()| Next::Answer),
             _ => Err(Errno::NOSYS),

@@ -4,7 +4,7 @@
 //! - `identity`: its user and groups, without any capability.
 //! - `landlock`: which files it reaches, and what of the network and of other processes.
 //! - `seccomp`: which calls of the kernel it has (`calls` is the list, each with its reason).
-//! - `gate`: connects, binds and listens in its place, so that address and port are checked.
+//! - `gate`: connects, binds and listens in its place, so that address and port are checked; moves tools aside.
 //! - `offers`: what of it this host gives.
 //!
 //! - `spawn`: starts the program.
@@ -23,7 +23,7 @@ mod spawn;
 pub use calls::{Answer, Condition, Denied, Test, denied};
 pub use offers::{Offers, SUBCOMMAND as PROBE_SUBCOMMAND, probe};
 
-pub(super) use gate::Gate;
+pub(super) use gate::{Gate, step_aside};
 pub(super) use offers::ask as ask_offers;
 pub(super) use spawn::Program;
 

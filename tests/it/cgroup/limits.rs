@@ -2,7 +2,8 @@
 
 use super::{Grouped, MIB, membership};
 use crate::sandbox::{DEADLINE, jail_of, line};
-use opencode_sidecar::sandbox::{KillMeans, Limits, Mechanism, Resource, ResourceEvents, User};
+use opencode_sidecar::sandbox::confine::Confinement;
+use opencode_sidecar::sandbox::{KillMeans, Limits, Mechanism, Resource, ResourceEvents, User, tap};
 use std::time::Instant;
 
 fn memory(bytes: u64) -> Limits {
@@ -128,6 +129,43 @@ async fn a_fork_bomb_stops_at_the_limit_and_the_program_goes_on() {
     let gone = process.kill(DEADLINE).await.unwrap();
     assert!(gone.usage.pids_peak.is_none_or(|peak| (10..=20).contains(&peak)), "{gone:?}");
     assert_eq!((gone.exhausted, gone.usage.pids), (None, Some(0)), "{gone:?}");
+    grouped.nothing_is_left().await;
+}
+
+/// What a shell tap runs has a limit of its own, beneath that of its program, which so has some left.
+#[tokio::test]
+#[cfg_attr(not(cgroups), ignore = "control groups cannot be made here")]
+async fn tools_that_fork_without_end_leave_their_program_some() {
+    let grouped = Grouped::new();
+    let directory = tempfile::tempdir().unwrap();
+    let tap = directory.path().join(tap::NAME);
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_opencode-sidecar"), &tap).unwrap();
+    let bomb = "i=0; while [ $i -lt 100 ]; do sleep 1000 & i=$((i+1)); done";
+    // The program itself fails in the end, which is nothing that the tools' limit did to it.
+    let script = format!(
+        "{0} -c 'cat /proc/self/cgroup' >tool; cat /proc/self/cgroup >own; {0} -c '{bomb}' 2>/dev/null; \
+         for i in 1 2 3 4 5 6; do sleep 1000 & done; echo ready; read x; exit 3",
+        tap.display()
+    );
+    let limits = Limits { pids: Some(20), tool_pids: Some(12), ..Limits::default() };
+    let mut spec = grouped.spec(&script, limits);
+    spec.cwd = directory.path().to_owned();
+    spec.env.push((tap::ENV_URL.into(), "http://127.0.0.1:1/".into()));
+    spec.env.push((tap::ENV_SHELL.into(), "/bin/sh".into()));
+    let mut confinement = Confinement::default();
+    confinement.files.execute = vec!["/".into()];
+    confinement.files.write = vec![directory.path().to_owned(), "/dev".into()];
+    spec.confinement = Some(confinement);
+    let mut process = grouped.bench.sandbox.start(spec).await.unwrap();
+    assert_eq!(line(&mut process).await, "ready\n");
+    assert_eq!(process.exited().await.code, Some(3));
+    let gone = process.gone().await;
+    let ResourceEvents { forks_refused, tool_forks_refused, .. } = gone.events;
+    assert!(tool_forks_refused >= 1 && forks_refused == tool_forks_refused, "{gone:?}");
+    assert_eq!(gone.exhausted, None, "{gone:?}");
+    let read = |name: &str| std::fs::read_to_string(directory.path().join(name)).unwrap();
+    let (tool, own) = (read("tool"), read("own"));
+    assert!(tool.contains("/test-1/tools") && own.contains("/test-1") && !own.contains("tools"), "{tool}{own}");
     grouped.nothing_is_left().await;
 }
 
