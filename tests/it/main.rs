@@ -7,6 +7,7 @@ mod confine;
 mod docs;
 mod edge;
 mod embedded;
+mod escape;
 mod events;
 mod golden;
 mod notify;

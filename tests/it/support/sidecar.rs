@@ -102,7 +102,16 @@ impl World {
         for (name, value) in changes {
             env.insert((*name).to_owned(), (*value).to_owned());
         }
-        Sidecar::launch(env).await.unwrap_or_else(|log| panic!("the sidecar did not start:\n{log}"))
+        Sidecar::launch(env, |_| ()).await.unwrap_or_else(|log| panic!("the sidecar did not start:\n{log}"))
+    }
+
+    /// The same, started in another way: `adjust` has the last word on its process.
+    pub(crate) async fn start_by(&self, changes: &[(&str, &str)], adjust: impl FnOnce(&mut Spec)) -> Sidecar {
+        let mut env = self.env.clone();
+        for (name, value) in changes {
+            env.insert((*name).to_owned(), (*value).to_owned());
+        }
+        Sidecar::launch(env, adjust).await.unwrap_or_else(|log| panic!("the sidecar did not start:\n{log}"))
     }
 
     /// Starts one that is expected to end by itself; gives how, and what it wrote.
@@ -111,7 +120,7 @@ impl World {
         for (name, value) in changes {
             env.insert((*name).to_owned(), (*value).to_owned());
         }
-        match Sidecar::launch(env).await {
+        match Sidecar::launch(env, |_| ()).await {
             Ok(_) => panic!("it started"),
             Err(log) => log,
         }
@@ -157,7 +166,7 @@ fn port_range() -> String {
 }
 
 impl Sidecar {
-    async fn launch(setting: BTreeMap<String, String>) -> Result<Self, String> {
+    async fn launch(setting: BTreeMap<String, String>, adjust: impl FnOnce(&mut Spec)) -> Result<Self, String> {
         let tasks = Tasks::new();
         let mut spec = Spec::new("serve", env!("CARGO_BIN_EXE_opencode-sidecar"));
         spec.args = vec!["serve".into()];
@@ -168,6 +177,7 @@ impl Sidecar {
         spec.cwd = env!("CARGO_MANIFEST_DIR").into();
         // As in a container.
         spec.umask = Some(0o022);
+        adjust(&mut spec);
         let mut process = sandbox(&tasks).start(spec).await.unwrap();
         let mut lines = BufReader::new(process.take_stderr().unwrap()).lines();
         let (sender, log) = mpsc::unbounded_channel();

@@ -1,0 +1,1 @@
+//! What takes all there is, or does not end.
