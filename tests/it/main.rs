@@ -5,6 +5,7 @@ mod cgroup;
 mod cli;
 mod confine;
 mod docs;
+mod doctor;
 mod edge;
 mod embedded;
 mod escape;

@@ -14,7 +14,7 @@
 mod attacks;
 mod calls;
 mod hogs;
-mod stage;
+pub(crate) mod stage;
 
 use attacks::{ATTACKS, Attack, By, Open, Outside};
 use opencode_sidecar::scripted::Script;

@@ -26,7 +26,7 @@ const NOBODY: u32 = 65_534;
 
 /// How the sidecar runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum As {
+pub(crate) enum As {
     /// As whoever runs the tests.
     Here,
     /// Another user than root, without capabilities. Nothing else is taken away.
@@ -108,7 +108,7 @@ fn number_after(text: &str, mark: &str) -> u16 {
 }
 
 /// What starts the sidecar of this kind in the place of `spec`'s own program.
-pub(super) fn adjust(who: As, programs: &Path, spec: &mut Spec) {
+pub(crate) fn adjust(who: As, programs: &Path, spec: &mut Spec) {
     if who == As::Here {
         return;
     }
@@ -171,7 +171,10 @@ impl Stage {
             [("SANDBOX", sandbox), ("DATABASE_URL", by_tcp.as_str()), ("OPENCODE_COMMAND", command.to_str().unwrap())];
         let sidecar = world.start_by(&changes, |spec| adjust(who, &programs, spec)).await;
 
-        let script = Script::new().bash("echo up; until [ -e done ]; do sleep 0.05; done").text("fine");
+        // It waits for as long as the attacks take: OpenCode itself would end a command after two minutes.
+        let wait = "echo up; until [ -e done ]; do sleep 0.05; done";
+        let wait = json!({ "command": wait, "timeout": 900_000, "description": "waits" });
+        let script = Script::new().tool("bash", wait).text("fine");
         let neighbour = sidecar.submit_with(&script, json!({ "workdir": "other" })).await;
         let mut events = sidecar.stream(&neighbour, 0).await;
         events.until("the neighbour's word", |event| event["type"] == "stdout").await;
