@@ -297,8 +297,10 @@ fn existing(path: &Path) -> Option<&Path> {
 /// Asks for the right to write, and writes nothing.
 fn may_write(path: &Path) -> Result<&'static str, String> {
     let Some(there) = existing(path) else { return Err(format!("{} is nowhere", path.display())) };
+    if !there.is_dir() {
+        return Err(format!("{} is no directory", there.display()));
+    }
     match eaccess(there, AccessFlags::W_OK | AccessFlags::X_OK) {
-        Ok(()) if !there.is_dir() => Err(format!("{} is no directory", there.display())),
         Ok(()) if there == path => Ok("writable"),
         Ok(()) => Ok("not there, and can be made"),
         Err(errno) => Err(format!("{} is not writable: {}", there.display(), errno.desc())),

@@ -22,8 +22,8 @@ async fn ask(world: &World, who: As, changes: &[(&str, &str)], args: &[&str]) ->
     std::fs::set_permissions(programs.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     adjust(who, programs.path(), &mut spec);
     if who == As::Container {
-        let script = spec.args[2].to_str().unwrap().replace("\"$2\" serve", "\"$2\" doctor --json");
-        spec.args[2] = script.into();
+        let script = spec.args[3].to_str().unwrap().replace("\"$2\" serve", "\"$2\" doctor --json");
+        spec.args[3] = script.into();
     }
     world.sandbox().run(spec, DEADLINE).await.unwrap()
 }
@@ -104,7 +104,7 @@ async fn it_says_no_and_names_what_is_missing() {
         (("OPENCODE_COMMAND", "/does/not/exist"), "opencode", "OPENCODE_COMMAND names /does/not/exist"),
         (("OPENCODE_COMMAND", "/bin/false"), "opencode", "/bin/false does not run"),
         (("DATABASE_URL", "postgres://u@127.0.0.1:9/d"), "database", "DATABASE_URL: "),
-        (("STATE_DIR", "/proc/nowhere"), "STATE_DIR", "/proc is not writable"),
+        (("STATE_DIR", "/dev/null/state"), "STATE_DIR", "/dev/null is no directory"),
         (("PORT", "many"), "configuration", "PORT"),
     ];
     for (change, name, says) in cases {

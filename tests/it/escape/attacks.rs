@@ -108,7 +108,7 @@ pub(super) static ATTACKS: &[Attack] = &[
     sh("state-read", "cat $STATE/instance"),
     sh("state-list", "ls $STATE/sessions"),
     sh("neighbour-directory", "ls $NEIGHBOUR_ROOT"),
-    sh("neighbour-write", "touch $NEIGHBOUR_ROOT/home/.bashrc"),
+    sh("neighbour-write", "touch $NEIGHBOUR_ROOT/tmp/touched"),
     sh("root-home", "ls /root"),
     sh("shadow", "cat /etc/shadow"),
     sh("etc-write", ": > /etc/ld.so.preload-escape && rm /etc/ld.so.preload-escape"),
