@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
 use crate::cgroup::{groups_of, membership};
-use crate::escape::stage::{As, adjust};
+use crate::escape::stage::{As, READ_ONLY_GROUPS, adjust};
 use crate::support::sidecar::{World, subcommand};
 use opencode_sidecar::sandbox::{Output, Resources};
 use opencode_sidecar::scripted::Script;
@@ -132,11 +132,12 @@ async fn an_ordinary_user_and_a_container_are_told_what_they_lack() {
         ("STATE_DIR", state.to_str().unwrap()),
         ("WORKSPACE_DIR", workspace.to_str().unwrap()),
     ];
-    for (who, why) in [(As::OrdinaryUser, "Permission denied"), (As::Container, "Read-only file system")] {
+    for who in [As::OrdinaryUser, As::Container] {
         let output = ask(&world, who, &changes, &["--json"]).await;
         let report = report(&output);
         // Whatever else this user may not reach here, these are as they are.
         let (level, detail) = finding(&report, "cgroup");
+        let why = "Permission denied";
         assert!(level == "missing" && detail.contains("watched") && detail.contains(why), "{who:?}: {detail}");
         assert_eq!(finding(&report, "SANDBOX_REQUIRE").0, "ok", "{report:#}");
         assert!(finding(&report, "uid").1.contains("may not start programs as other users"), "{report:#}");
@@ -145,4 +146,21 @@ async fn an_ordinary_user_and_a_container_are_told_what_they_lack() {
         assert_eq!(finding(&report, "cpu"), ("missing", "nothing holds CPU time"));
         assert!(!state.exists() && !workspace.exists(), "it made something");
     }
+}
+
+/// Who is root, and may write there but for that.
+#[tokio::test]
+#[cfg_attr(not(cgroups), ignore = "control groups cannot be made here")]
+async fn a_mount_that_can_be_read_alone_is_named() {
+    let world = World::new().await;
+    let mut spec = subcommand("doctor", world.environment(&[("SANDBOX", "required")]));
+    let script = format!("{READ_ONLY_GROUPS} exec {} doctor --json", spec.program.display());
+    spec.program = "unshare".into();
+    spec.args = ["-m", "sh", "-c", &script].map(Into::into).into();
+    let output = world.sandbox().run(spec, DEADLINE).await.unwrap();
+    assert_eq!(output.exit.code, Some(0), "{output:?}");
+    let report = report(&output);
+    let (state, detail) = finding(&report, "cgroup");
+    assert!(state == "missing" && detail.contains("watched") && detail.contains("Read-only file system"), "{detail}");
+    assert!(report["protections"].as_array().unwrap().contains(&json!("watched")), "{report:#}");
 }

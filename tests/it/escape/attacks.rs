@@ -142,7 +142,7 @@ pub(super) static ATTACKS: &[Attack] = &[
     call("sidecar-memory", calls::sidecar_memory, ACCES),
     sh("jail-environment", "cat /proc/$JAIL/environ"),
     sh("neighbour-environment", "cat /proc/$NEIGHBOUR/environ"),
-    sh("neighbour-root", "ls /proc/$NEIGHBOUR/root/"),
+    sh("neighbour-root", "ls -L /proc/$NEIGHBOUR/root"),
     sh("neighbour-cwd", "cat /proc/$NEIGHBOUR/cwd/secret"),
     sh("neighbour-fd", "ls -l /proc/$NEIGHBOUR/fd/"),
     sh("neighbour-fd-numbers", "ls /proc/$NEIGHBOUR/fd/").open(ToTheSameUser),

@@ -5,7 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
-use super::stage::{As, Stage};
+use super::stage::{As, Stage, patient};
 use nix::libc;
 use opencode_sidecar::scripted::Script;
 use serde_json::{Value, json};
@@ -79,7 +79,7 @@ fn end(events: &[Value]) -> &str {
 /// Runs a line in a session of these limits, to its end.
 async fn run(stage: &Stage, line: &str, limits: Value) -> Vec<Value> {
     std::fs::write(stage.world.file("work/hog.sh"), line).unwrap();
-    let script = Script::new().bash("bash hog.sh 2>&1").text("done");
+    let script = Script::new().tool("bash", patient("bash hog.sh 2>&1")).text("done");
     let id = stage.sidecar.submit_with(&script, json!({ "workdir": "work", "limits": limits })).await;
     let events = stage.sidecar.follow(&id).await;
     nothing_is_left(stage);
@@ -106,22 +106,23 @@ async fn memory_of_every_kind_is_bounded() {
     let stage = Stage::set(As::Here, "required").await;
     let small =
         "for i in $(seq 60); do bash -c 'x=$(head -c 50M /dev/zero | tr \"\\0\" x); sleep 1000' & done; wait -n; wait";
-    // Each of these is larger than OpenCode, so it is what the kernel takes, and the run goes on.
+    // The first is larger than OpenCode, so it is what the kernel takes, and the run goes on. The second is too, but a
+    // process that is killed gives its page tables back last, and the kernel may not wait for that.
     std::fs::write(stage.world.file("work/anonymous.sh"), "head -c 4G /dev/zero | tail -c 4G > /dev/null").unwrap();
     std::fs::write(stage.world.file("work/tables.sh"), program("page-tables")).unwrap();
-    let script = Script::new().bash("bash anonymous.sh 2>&1").bash("bash tables.sh 2>&1").text("done");
+    let script = Script::new()
+        .tool("bash", patient("bash anonymous.sh 2>&1"))
+        .tool("bash", patient("bash tables.sh 2>&1"))
+        .text("done");
     let body = json!({ "workdir": "work", "limits": { "memory_bytes": GIB } });
     let id = stage.sidecar.submit_with(&script, body).await;
     let events = stage.sidecar.follow(&id).await;
-    assert_eq!(end(&events), "completed", "{events:#?}");
-    let killed = |event: &Value| event["data"]["code"] == "oom_kill";
-    let results = events.iter().filter(|event| event["type"] == "tool_result");
-    assert!(
-        results.clone().count() == 2 && results.clone().all(|event| event["data"]["exit_code"] == 137),
-        "{events:#?}"
-    );
-    let count: u64 = events.iter().filter(|event| killed(event)).map(|e| e["data"]["count"].as_u64().unwrap()).sum();
-    assert!(count >= 2, "{events:#?}");
+    let first = events.iter().find(|event| event["type"] == "tool_result").unwrap();
+    assert_eq!(first["data"]["exit_code"], 137, "{events:#?}");
+    let kills = events.iter().filter(|event| event["data"]["code"] == "oom_kill");
+    let kills: u64 = kills.map(|event| event["data"]["count"].as_u64().unwrap()).sum();
+    assert!(kills >= 2 && ["completed", "oom_killed"].contains(&end(&events)), "{kills}: {events:#?}");
+    nothing_is_left(&stage);
 
     for (what, hog) in [
         ("a tmpfs", program("memory-files")),
@@ -146,7 +147,8 @@ async fn processes_and_time_are_bounded_and_all_of_them_end() {
     std::fs::write(stage.world.file("work/spin.sh"), spin).unwrap();
     let bomb = "bomb() { bomb | bomb & }; bomb > /dev/null 2>&1\nuntil [ -e felt ]; do :; done\n";
     std::fs::write(stage.world.file("work/hog.sh"), bomb).unwrap();
-    let script = Script::new().bash("bash spin.sh 2>&1").bash("bash hog.sh 2>&1").text("done");
+    let script =
+        Script::new().tool("bash", patient("bash spin.sh 2>&1")).tool("bash", patient("bash hog.sh 2>&1")).text("done");
     let body = json!({ "workdir": "work", "limits": { "pids": 300, "cpu_millis": 1000 } });
     let id = stage.sidecar.submit_with(&script, body).await;
     let mut stream = stage.sidecar.stream(&id, 0).await;
@@ -176,7 +178,7 @@ async fn processes_and_time_are_bounded_and_all_of_them_end() {
         for i in 1 2 3 4; do cell > /dev/null 2>&1 & done
         until [ \"$(wc -l < daemons)\" = 5 ]; do :; done 2>/dev/null; echo all are up; sleep 1000";
     std::fs::write(stage.world.file("work/hog.sh"), daemons).unwrap();
-    let script = Script::new().bash("bash hog.sh 2>&1").text("never");
+    let script = Script::new().tool("bash", patient("bash hog.sh 2>&1")).text("never");
     let body = json!({ "workdir": "work", "limits": { "pids": 400 } });
     let id = stage.sidecar.submit_with(&script, body).await;
     let mut stream = stage.sidecar.stream(&id, 0).await;

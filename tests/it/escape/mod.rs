@@ -19,7 +19,7 @@ pub(crate) mod stage;
 use attacks::{ATTACKS, Attack, By, Open, Outside};
 use opencode_sidecar::scripted::Script;
 use serde_json::json;
-use stage::{As, Stage};
+use stage::{As, Stage, patient};
 use std::collections::{BTreeMap, BTreeSet};
 
 const MARK: &str = "attack: ";
@@ -71,7 +71,7 @@ async fn attack(stage: &Stage) -> (String, BTreeSet<String>) {
     // OpenCode itself denies a command that names places outside, and its own tools a path; what leads there by a link
     // is the sandbox's business.
     let script = Script::new()
-        .bash("bash attack.sh 2>&1")
+        .tool("bash", patient("bash attack.sh 2>&1"))
         .tool("read", json!({ "filePath": stage.world.path("work/link-for-tools/file") }))
         .write(&stage.world.path("work/link-for-tools/by-tool"), "x")
         .tool("webfetch", json!({ "url": format!("http://127.0.0.1:{}/health", stage.port()), "format": "text" }))

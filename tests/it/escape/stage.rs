@@ -107,6 +107,10 @@ fn number_after(text: &str, mark: &str) -> u16 {
     digits.parse().unwrap()
 }
 
+/// A mount namespace of its own in which every tree of control groups can be read alone.
+pub(crate) const READ_ONLY_GROUPS: &str = "mount --make-rprivate / && \
+    for at in $(awk '$3 ~ /^cgroup2?$/ { print $2 }' /proc/mounts); do mount -o remount,bind,ro $at || exit; done && ";
+
 /// What starts the sidecar of this kind in the place of `spec`'s own program.
 pub(crate) fn adjust(who: As, programs: &Path, spec: &mut Spec) {
     if who == As::Here {
@@ -119,14 +123,18 @@ pub(crate) fn adjust(who: As, programs: &Path, spec: &mut Spec) {
         spec.user = Some(User { uid: NOBODY, gid: NOBODY });
         return;
     }
-    let script = "mount --make-rprivate / && \
-        for at in $(awk '$3 ~ /^cgroup2?$/ { print $2 }' /proc/mounts); do mount -o remount,bind,ro $at || exit; done && \
-        exec setpriv --reuid \"$1\" --regid \"$1\" --clear-groups --bounding-set=-all --inh-caps=-all --no-new-privs \
+    let script = READ_ONLY_GROUPS.to_owned()
+        + "exec setpriv --reuid \"$1\" --regid \"$1\" --clear-groups --bounding-set=-all --inh-caps=-all --no-new-privs \
         \"$2\" serve";
     spec.program = "unshare".into();
     let uid = NOBODY.to_string();
-    let args: [&str; 6] = ["-m", "sh", "-c", script, "sh", &uid];
+    let args: [&str; 6] = ["-m", "sh", "-c", &script, "sh", &uid];
     spec.args = args.iter().map(OsString::from).chain([sidecar.into()]).collect();
+}
+
+/// The arguments of OpenCode's shell tool for a command that takes its time: it would be ended after two minutes.
+pub(super) fn patient(command: &str) -> serde_json::Value {
+    json!({ "command": command, "timeout": 900_000, "description": "A scripted command" })
 }
 
 impl Stage {
@@ -171,10 +179,8 @@ impl Stage {
             [("SANDBOX", sandbox), ("DATABASE_URL", by_tcp.as_str()), ("OPENCODE_COMMAND", command.to_str().unwrap())];
         let sidecar = world.start_by(&changes, |spec| adjust(who, &programs, spec)).await;
 
-        // It waits for as long as the attacks take: OpenCode itself would end a command after two minutes.
         let wait = "echo up; until [ -e done ]; do sleep 0.05; done";
-        let wait = json!({ "command": wait, "timeout": 900_000, "description": "waits" });
-        let script = Script::new().tool("bash", wait).text("fine");
+        let script = Script::new().tool("bash", patient(wait)).text("fine");
         let neighbour = sidecar.submit_with(&script, json!({ "workdir": "other" })).await;
         let mut events = sidecar.stream(&neighbour, 0).await;
         events.until("the neighbour's word", |event| event["type"] == "stdout").await;
