@@ -447,7 +447,7 @@ struct Ready {
 }
 
 /// Whether a directory is on a container's own layer or in memory; `None` where the kernel does not say.
-fn is_ephemeral(directory: &Path) -> Option<bool> {
+pub fn is_ephemeral(directory: &Path) -> Option<bool> {
     use nix::sys::statfs::{OVERLAYFS_SUPER_MAGIC, TMPFS_MAGIC, statfs};
     let kind = statfs(directory).ok()?.filesystem_type();
     Some(kind == OVERLAYFS_SUPER_MAGIC || kind == TMPFS_MAGIC)

@@ -1,7 +1,7 @@
 //! The command line: what the binary can be asked for.
 //!
 //! Those that are the sidecar (`serve`, `demo`, `migrate`, `healthcheck`) are a few lines over `app` and `demo`, and stand
-//! here. Those that talk to a running one are in the modules below, over `client` and `console`: they read none of the
+//! here; `doctor` prints what the module of that name finds. Those that talk to a running one are in the modules below, over `client` and `console`: they read none of the
 //! sidecar's configuration.
 //!
 //! - `connect`: which sidecar; `exit`: exit codes; `tell`: remarks; `values`: how arguments are written.
@@ -11,6 +11,7 @@
 mod ask;
 mod attach;
 mod connect;
+mod doctor;
 mod exec;
 mod exit;
 mod history;
@@ -72,6 +73,15 @@ enum Command {
         #[arg(long, env = "PORT", default_value_t = 3003)]
         port: u16,
     },
+    /// Say what this host offers, and what a session would be protected by here. Changes nothing.
+    ///
+    /// It reads the same environment as `serve`, and may be asked beside a sidecar that runs.
+    #[command(after_help = doctor::EXIT_CODES)]
+    Doctor {
+        /// Print JSON, for scripts.
+        #[arg(long)]
+        json: bool,
+    },
     /// Submit a task to a running sidecar, and follow it to its end.
     #[command(after_help = help(exec::EXAMPLES, &[CTRL_C, OF_RUNS]))]
     Exec(Box<exec::Exec>),
@@ -129,6 +139,7 @@ pub fn main() -> ExitCode {
             Command::Demo { prompt } => demo::run(prompt).await,
             Command::Migrate => migrate().await,
             Command::Healthcheck { ready, port } => healthcheck(ready, port).await,
+            Command::Doctor { json } => doctor::run(json).await,
             Command::Exec(exec) => ended(exec.run().await),
             Command::Attach(attach) => ended(attach.run().await),
             Command::History(history) => ended(history.run().await),

@@ -29,6 +29,7 @@
 //! | wiring | [`protection`] | what sessions are protected by on this host |
 //! | | [`host`] | this process: its file, the signals that end it, errors at a terminal |
 //! | | [`app`] | builds every part once, and takes it down again |
+//! | | [`doctor`] | what this host offers, and what a session would get; changes nothing |
 //! | | [`demo`] | one real task for a person to watch: a client of an [`app`] of its own |
 //! | | [`cli`] | the subcommands |
 //!
@@ -91,6 +92,7 @@ pub mod client;
 pub mod config;
 pub mod console;
 pub mod demo;
+pub mod doctor;
 pub mod events;
 pub mod executions;
 pub mod host;

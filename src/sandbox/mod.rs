@@ -31,7 +31,7 @@ mod watch;
 
 pub use disk::{Added, Disk, DiskSpec};
 pub use process::{FreezeError, Process, ProcessHandle};
-pub use resources::{KillMeans, Limits, Mechanism, Probe, Resource, ResourceEvents, Resources, Usage};
+pub use resources::{Foreseen, KillMeans, Limits, Mechanism, Probe, Resource, ResourceEvents, Resources, Usage};
 pub use tree::Stat;
 
 use crate::tasks::Tasks;

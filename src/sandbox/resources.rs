@@ -52,6 +52,17 @@ impl Resources {
         Self(Arc::new(Inner { claim: None, probe, look_every }))
     }
 
+    /// Tells what [`Resources::claim`] would find, without one: nothing is made, moved or killed, so it may be asked
+    /// beside a sidecar that runs.
+    pub fn foresee() -> Foreseen {
+        cgroup::foresee()
+    }
+
+    /// Says that this is what there is, and limits nothing: for whoever starts no program with limits.
+    pub fn foreseen(probe: Probe) -> Self {
+        Self(Arc::new(Inner { claim: None, probe, look_every: ACCOUNT }))
+    }
+
     /// What this host gives.
     pub fn probe(&self) -> &Probe {
         &self.0.probe
@@ -163,6 +174,15 @@ pub enum Mechanism {
 }
 
 impl Mechanism {
+    /// What holds both, by what holds each.
+    pub(super) fn of(memory: Option<Self>, pids: Option<Self>) -> Self {
+        match (memory, pids) {
+            (Some(Self::CgroupV2), Some(Self::CgroupV2)) => Self::CgroupV2,
+            (Some(_), Some(_)) => Self::CgroupV1,
+            _ => Self::Watched,
+        }
+    }
+
     /// The word in reports.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -214,4 +234,13 @@ pub struct Probe {
     pub told_when_empty: bool,
     /// Why it is no better than this; nothing where nothing is missing.
     pub missing: Vec<String>,
+}
+
+/// What a claim would find.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Foreseen {
+    /// As far as it shows. [`Probe::no_swap`] never does.
+    pub probe: Probe,
+    /// What shows only when it is done, and why.
+    pub unknown: Vec<String>,
 }

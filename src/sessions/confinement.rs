@@ -61,7 +61,11 @@ pub(super) fn confinement(
     Confinement {
         files: Files {
             execute,
-            write: vec![directories.root().to_path_buf(), workdir.to_path_buf()],
+            // Nobody inside reaches what lies above the session's own directory, so its path stays what it is now.
+            write: vec![
+                directories.root().canonicalize().unwrap_or_else(|_| directories.root().to_path_buf()),
+                workdir.to_path_buf(),
+            ],
             devices: DEVICES.iter().map(PathBuf::from).collect(),
         },
         // Where it is root without its powers, or another user than the workspace's, it is its group that counts.

@@ -61,9 +61,13 @@ const LAYERS: &[(&str, &[&str])] = &[
             "protection",
         ],
     ),
+    ("doctor", &["tasks", "telemetry", "config", "sandbox", "store", "opencode", "protection", "app"]),
     ("host", &["telemetry"]),
     ("demo", &["host", "model", "tasks", "secrets", "telemetry", "config", "client", "console", "scripted", "app"]),
-    ("cli", &["host", "model", "tasks", "telemetry", "config", "sandbox", "client", "console", "app", "demo"]),
+    (
+        "cli",
+        &["host", "model", "tasks", "telemetry", "config", "sandbox", "client", "console", "app", "doctor", "demo"],
+    ),
     ("main", &["sandbox", "cli"]),
 ];
 

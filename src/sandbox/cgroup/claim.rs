@@ -84,7 +84,7 @@ impl Drop for Claim {
 }
 
 /// What an earlier life may have been moved to is a leaf of its own; the groups of this life belong beside that one's.
-fn home_of(own: &Path) -> &Path {
+pub(super) fn home_of(own: &Path) -> &Path {
     let base = own.parent().filter(|_| own.file_name().is_some_and(|name| name == LEAF));
     let base = base.filter(|base| base.file_name().is_some_and(|name| name.to_string_lossy().starts_with(PREFIX)));
     base.and_then(Path::parent).unwrap_or(own)
@@ -249,13 +249,8 @@ fn probe(base: &Layout, mut missing: Vec<String>) -> Probe {
     } else {
         KillMeans::OneByOne
     };
-    let mechanism = match (memory, pids) {
-        (Some(Mechanism::CgroupV2), Some(Mechanism::CgroupV2)) => Mechanism::CgroupV2,
-        (Some(_), Some(_)) => Mechanism::CgroupV1,
-        _ => Mechanism::Watched,
-    };
     Probe {
-        mechanism,
+        mechanism: Mechanism::of(memory, pids),
         memory: memory.unwrap_or(Mechanism::Watched),
         no_swap,
         pids: pids.unwrap_or(Mechanism::Watched),

@@ -1,7 +1,8 @@
 //! Control groups: the limits, the end and the account of one program and all that descends from it.
 //!
 //! - `detect`: which groups this process is in, and where.
-//! - `claim`: makes room beneath them, after removing what an earlier life left; says what there is.
+//! - `claim`: makes room beneath them, after removing what an earlier life left; says what there is. `foresee` says the
+//!   same, as far as it shows, and touches nothing.
 //! - `layout`: the directories of one group, and what is done with them at once; `v2` and `v1` know the files.
 //! - `group`: the group of one program; `events` waits for what the kernel tells about it.
 //!
@@ -22,11 +23,13 @@ mod claim;
 mod detect;
 mod events;
 mod files;
+mod foresee;
 mod group;
 mod layout;
 mod v1;
 mod v2;
 
 pub(super) use claim::{Claim, claim};
+pub(super) use foresee::foresee;
 pub(super) use group::{Alarm, Group};
 pub(super) use layout::{Layout, join};

@@ -180,6 +180,13 @@ static DENIED: &[Denied] = &[
     always("process_madvise", NotPermitted, "another process's memory"),
     always("process_mrelease", NotPermitted, "another process's memory"),
     always("pidfd_getfd", NotPermitted, "another process's descriptors"),
+    when(
+        "prlimit64",
+        NotPermitted,
+        // 0 is the calling process, which is all that libraries ask for.
+        &[&[is_not(0, 0)]],
+        "another process's limits: one of CPU time or files ends the sidecar, which Landlock does not keep from its user",
+    ),
     always("kcmp", NotPermitted, "compares what two processes have in the kernel"),
     always("move_pages", NotPermitted, "another process's memory, and where it lies"),
     always("migrate_pages", NotPermitted, "another process's memory"),

@@ -24,7 +24,7 @@ use landlock::{
 };
 use nix::libc;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 
 /// A ruleset that the kernel has accepted.
@@ -119,6 +119,15 @@ fn allow(
         }
         Err(error) => return Err(failed(error.to_string())),
     };
+    // What may be written is a directory that sessions may write beside: another one could have put a link in its place
+    // since it was looked at, and the rule would be about wherever that leads.
+    if required {
+        let opened = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()));
+        let opened = opened.map_err(|error| failed(error.to_string()))?;
+        if opened != path {
+            return Err(failed("it is not where it was: a symbolic link, or moved".to_owned()));
+        }
+    }
     let stat = rustix::fs::fstat(fd.as_fd()).map_err(|errno| failed(errno.to_string()))?;
     let is_directory = rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Directory;
     let access = if is_directory { access } else { access & AccessFs::from_file(abi) };

@@ -68,7 +68,8 @@ pub struct Files {
     /// To read and to execute. What is not there is left out.
     #[serde(with = "paths")]
     pub execute: Vec<PathBuf>,
-    /// To read, execute, write, make and remove. Each has to be there.
+    /// To read, execute, write, make and remove. Each has to be there, and to be canonical: a symbolic link, or one in
+    /// its path, ends the start.
     #[serde(with = "paths")]
     pub write: Vec<PathBuf>,
     /// Devices, or directories of devices, to read, write and control. What is not there is left out.

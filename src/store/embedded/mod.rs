@@ -148,6 +148,16 @@ impl Embedded {
         Ok(Self { place, version: server.version, url: SecretString::from(url), process })
     }
 
+    /// The directory of the server that a start would try first. Starts nothing, so whether it is of a version that
+    /// fits is not known.
+    ///
+    /// # Errors
+    /// None is installed: where was looked for it.
+    pub fn installed() -> Result<PathBuf, String> {
+        let search = Search::from_env();
+        search.candidates().into_iter().next().ok_or_else(|| search.looked())
+    }
+
     /// Where it is, with its password: for [`super::DatabaseOptions`].
     pub fn url(&self) -> SecretString {
         self.url.clone()

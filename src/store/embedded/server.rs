@@ -41,7 +41,7 @@ impl Search {
     }
 
     /// Directories that hold a server, best first, each once, symbolic links resolved.
-    fn candidates(&self) -> Vec<PathBuf> {
+    pub(super) fn candidates(&self) -> Vec<PathBuf> {
         let all = match &self.only {
             Some(only) => vec![only.clone()],
             None => {
@@ -65,7 +65,7 @@ impl Search {
         found
     }
 
-    fn looked(&self) -> String {
+    pub(super) fn looked(&self) -> String {
         match &self.only {
             Some(only) => format!("{} ({BIN_VARIABLE})", only.display()),
             None => {

@@ -61,7 +61,7 @@ impl Grouped {
     }
 }
 
-fn groups_of(instance: &str) -> Vec<PathBuf> {
+pub(crate) fn groups_of(instance: &str) -> Vec<PathBuf> {
     let mut open = vec![PathBuf::from("/sys/fs/cgroup")];
     let mut found = Vec::new();
     while let Some(next) = open.pop() {
@@ -84,6 +84,6 @@ fn watched() -> Bench {
 }
 
 /// The groups that a process is in, one line for each tree.
-fn membership(pid: impl std::fmt::Display) -> String {
+pub(crate) fn membership(pid: impl std::fmt::Display) -> String {
     std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap()
 }

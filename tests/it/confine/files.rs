@@ -153,6 +153,18 @@ async fn a_step_that_fails_is_named_and_nothing_runs() {
         .await;
     assert_eq!(step, "landlock");
     assert!(detail.contains("/does/not/exist"), "{detail}");
+    // Somebody has put a link in its place, or in its path.
+    std::os::unix::fs::symlink(bench.outside(""), bench.outside("swapped")).unwrap();
+    for path in ["swapped", "swapped/own"] {
+        let (step, detail) = bench
+            .refused(with(&|spec| {
+                let mut changed = confinement(spec);
+                changed.files.write.push(bench.outside(path));
+                spec.confinement = Some(changed);
+            }))
+            .await;
+        assert!(step == "landlock" && detail.contains("a symbolic link"), "{step}: {detail}");
+    }
     // What is only to be read or executed may be missing.
     let mut spec = bench.sh("echo fine");
     let mut changed = confinement(&mut spec);

@@ -10,5 +10,5 @@ mod calls;
 mod files;
 mod identity;
 mod network;
-mod program;
+pub(crate) mod program;
 mod session;

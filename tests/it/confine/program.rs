@@ -100,7 +100,7 @@ fn bound(result: std::io::Result<TcpListener>) -> String {
 
 /// A call by its number.
 #[expect(unsafe_code, reason = "the calls under test have no safe form")]
-fn raw(number: i64, args: [u64; 6]) -> Result<i64, Errno> {
+pub(crate) fn raw(number: i64, args: [u64; 6]) -> Result<i64, Errno> {
     let [a, b, c, d, e, f] = args;
     // SAFETY: called with zeros, flags, and addresses of values that outlive the call. Those that could harm this
     // process are what is refused, and where they are not, the test fails.
@@ -298,7 +298,7 @@ fn is_socket(target: &std::path::Path) -> bool {
 
 /// A call through the door for 32-bit programs: getpid.
 #[expect(unsafe_code, reason = "there is no other way through that door")]
-fn i386() -> i64 {
+pub(crate) fn i386() -> i64 {
     #[cfg(target_arch = "x86_64")]
     {
         let result: i64;

@@ -98,20 +98,26 @@ impl World {
 
     /// Starts a sidecar here, with some variables changed (an empty value leaves one out).
     pub(crate) async fn start(&self, changes: &[(&str, &str)]) -> Sidecar {
+        self.start_by(changes, |_| ()).await
+    }
+
+    /// The sidecar's variables, with some changed.
+    pub(crate) fn environment(&self, changes: &[(&str, &str)]) -> BTreeMap<String, String> {
         let mut env = self.env.clone();
-        for (name, value) in changes {
-            env.insert((*name).to_owned(), (*value).to_owned());
-        }
-        Sidecar::launch(env).await.unwrap_or_else(|log| panic!("the sidecar did not start:\n{log}"))
+        env.extend(changes.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        env
+    }
+
+    /// The same, started in another way: `adjust` has the last word on its process.
+    pub(crate) async fn start_by(&self, changes: &[(&str, &str)], adjust: impl FnOnce(&mut Spec)) -> Sidecar {
+        Sidecar::launch(self.environment(changes), adjust)
+            .await
+            .unwrap_or_else(|log| panic!("the sidecar did not start:\n{log}"))
     }
 
     /// Starts one that is expected to end by itself; gives how, and what it wrote.
     pub(crate) async fn start_in_vain(&self, changes: &[(&str, &str)]) -> String {
-        let mut env = self.env.clone();
-        for (name, value) in changes {
-            env.insert((*name).to_owned(), (*value).to_owned());
-        }
-        match Sidecar::launch(env).await {
+        match Sidecar::launch(self.environment(changes), |_| ()).await {
             Ok(_) => panic!("it started"),
             Err(log) => log,
         }
@@ -157,17 +163,10 @@ fn port_range() -> String {
 }
 
 impl Sidecar {
-    async fn launch(setting: BTreeMap<String, String>) -> Result<Self, String> {
+    async fn launch(setting: BTreeMap<String, String>, adjust: impl FnOnce(&mut Spec)) -> Result<Self, String> {
         let tasks = Tasks::new();
-        let mut spec = Spec::new("serve", env!("CARGO_BIN_EXE_opencode-sidecar"));
-        spec.args = vec!["serve".into()];
-        let path = std::env::var_os("PATH").unwrap();
-        spec.env = vec![("PATH".into(), path)];
-        spec.env
-            .extend(setting.iter().filter(|(_, v)| !v.is_empty()).map(|(n, v)| (OsString::from(n), OsString::from(v))));
-        spec.cwd = env!("CARGO_MANIFEST_DIR").into();
-        // As in a container.
-        spec.umask = Some(0o022);
+        let mut spec = subcommand("serve", setting.clone());
+        adjust(&mut spec);
         let mut process = sandbox(&tasks).start(spec).await.unwrap();
         let mut lines = BufReader::new(process.take_stderr().unwrap()).lines();
         let (sender, log) = mpsc::unbounded_channel();
@@ -321,6 +320,19 @@ impl Sidecar {
         let named = self.descendants().into_iter().filter(|process| process.ends_with(" opencode"));
         named.map(|process| process.split(' ').next().unwrap().parse().unwrap()).collect()
     }
+}
+
+/// A subcommand of the sidecar, in this environment.
+pub(crate) fn subcommand(name: &str, setting: BTreeMap<String, String>) -> Spec {
+    let mut spec = Spec::new(name, env!("CARGO_BIN_EXE_opencode-sidecar"));
+    spec.args = vec![name.into()];
+    spec.env = vec![("PATH".into(), std::env::var_os("PATH").unwrap())];
+    let set = setting.into_iter().filter(|(_, value)| !value.is_empty());
+    spec.env.extend(set.map(|(variable, value)| (OsString::from(variable), OsString::from(value))));
+    spec.cwd = env!("CARGO_MANIFEST_DIR").into();
+    // As in a container.
+    spec.umask = Some(0o022);
+    spec
 }
 
 /// Every process below `root`, as `pid name`.
