@@ -15,7 +15,7 @@
 //! A project quota would hold writes back where ext4 or XFS is mounted with them, which no usual volume of a pod is; it
 //! takes capabilities that a pod does not have, and is not used.
 
-mod walk;
+pub(super) mod walk;
 
 use super::process::ProcessHandle;
 use super::tree;

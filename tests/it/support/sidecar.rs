@@ -90,6 +90,7 @@ impl World {
             (text("OPENCODE_API_KEY"), text(API_KEY)),
             (text("OPENCODE_API_ENDPOINT"), model.base_url()),
             (text("SESSION_PORT_RANGE"), port_range()),
+            (text("SESSION_UID_RANGE"), uid_range()),
             (text("MAX_CONCURRENT_TASKS"), text("2")),
             (text("LOG_LEVEL"), std::env::var("TEST_LOG").unwrap_or_else(|_| text("info"))),
         ]);
@@ -154,6 +155,15 @@ fn port_range() -> String {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let first = 21_000 + (NEXT.fetch_add(1, Ordering::Relaxed) % 200) * 20;
     format!("{first}-{}", first + 19)
+}
+
+/// The same of the users that sessions run as.
+fn uid_range() -> String {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let block = (std::process::id() % 1000) * 1000 + NEXT.fetch_add(1, Ordering::Relaxed) % 1000;
+    let first = 1_000_000 + block * 100;
+    format!("{first}-{}", first + 99)
 }
 
 impl Sidecar {
