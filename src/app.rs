@@ -288,6 +288,7 @@ impl App {
                 confined: config.sandbox != SandboxMode::Off,
                 refused: protections.refused.clone(),
                 users: protections.users.clone(),
+                workspace: workspace.root().to_path_buf(),
                 require: protections.require.clone(),
                 start_timeout: config.start_timeout,
                 first_event_timeout: config.first_event_timeout,

@@ -11,13 +11,14 @@ use super::confine::{Confinement, Network, Protection};
 use super::disk::walk::{MAX_ENTRIES, Walk};
 use super::{RunError, Sandbox, Spec, User};
 use nix::unistd::{AccessFlags, access};
-use rustix::fs::{AtFlags, FileType, Mode, Stat, chmodat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, chmod, chownat, fstat, openat};
+use rustix::process::Gid;
 use rustix::thread::{CapabilitySet, capabilities};
 use serde::{Deserialize, Serialize};
 use std::cell::Cell;
 use std::ffi::{CStr, OsString};
 use std::io::{self, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -102,7 +103,7 @@ impl Sandbox {
             args.push(place.into());
         }
         let uid = user.uid;
-        let told = self.errand(args, user, confinement, Duration::ZERO).await;
+        let told = self.errand(args, Some(user), confinement, Duration::ZERO).await;
         let out_of_reach: Option<usize> = told.map_err(|source| NoUser::Start { uid, source })?;
         match out_of_reach.and_then(|at| places.get(at)) {
             Some((_, place)) => Err(NoUser::OutOfReach { uid, place: place.to_path_buf() }),
@@ -110,15 +111,16 @@ impl Sandbox {
         }
     }
 
-    /// Gives the group of each file and directory beneath `directory` that belongs to `user` what the user has of it,
-    /// and has what is made in these directories belong to their group. Looks at two million entries, and for as long as
-    /// `within`; it is confined to `confinement`, without its network.
+    /// Gives each file and directory beneath `directory` that belongs to `user`, or to this process's own user without
+    /// one, to the group of `directory`, and that group what the user has of it; and has what is made in these directories
+    /// belong to it too. Looks at two million entries, and for as long as `within`; it is confined to `confinement`,
+    /// without its network.
     ///
     /// # Errors
     /// It could not be started, or did not end as it should.
     pub async fn share(
         &self,
-        user: User,
+        user: Option<User>,
         confinement: &Confinement,
         directory: &Path,
         within: Duration,
@@ -131,14 +133,14 @@ impl Sandbox {
     async fn errand<T: for<'a> Deserialize<'a>>(
         &self,
         args: Vec<OsString>,
-        user: User,
+        user: Option<User>,
         mut confinement: Confinement,
         work: Duration,
     ) -> Result<T, RunError> {
         confinement.files.execute.push(self.executable.to_path_buf());
         let mut spec = Spec::new("errand", self.executable.as_path());
         spec.args = [vec![SUBCOMMAND.into()], args].concat();
-        spec.user = Some(user);
+        spec.user = user;
         spec.confinement = Some(confinement);
         let output = self.run(spec, work + AROUND).await?;
         let failed = |error| RunError::Read { name: "errand".to_owned(), source: error };
@@ -185,16 +187,13 @@ fn out_of_reach(places: &[OsString]) -> Option<usize> {
 
 fn share(directory: &Path, within: Duration) -> io::Result<Shared> {
     let (own, until) = (nix::unistd::geteuid().as_raw(), Instant::now() + within);
+    let gid = rustix::fs::stat(directory)?.st_gid;
     let (changed, late) = (Cell::new(0), AtomicBool::new(false));
     let mut open = |here: &OwnedFd, name: &CStr, stat: &Stat| {
         if Instant::now() >= until {
             late.store(true, Ordering::Relaxed);
         }
-        // A link that was put there since it was looked at leads to what is this user's own, or nothing is changed.
-        if stat.st_uid == own
-            && let Some(mode) = shared_mode(stat.st_mode)
-            && chmodat(here, name, Mode::from_raw_mode(mode), AtFlags::empty()).is_ok()
-        {
+        if stat.st_uid == own && is_due(stat, gid) && open_up(here, name, own, gid).is_ok() {
             changed.set(changed.get() + 1);
         }
     };
@@ -202,6 +201,28 @@ fn share(directory: &Path, within: Duration) -> io::Result<Shared> {
     walk.trees(&[directory.to_path_buf()])?;
     let cut = walk.found().cut;
     Ok(Shared { changed: changed.get(), cut: cut || late.load(Ordering::Relaxed) })
+}
+
+fn is_due(stat: &Stat, gid: u32) -> bool {
+    let kind = FileType::from_raw_mode(stat.st_mode);
+    let shared = matches!(kind, FileType::RegularFile | FileType::Directory);
+    shared && (stat.st_gid != gid || shared_mode(stat.st_mode).is_some())
+}
+
+/// Opens one of a directory's own. By descriptor: what is changed is what was looked at, whatever its name leads to by now.
+fn open_up(here: &OwnedFd, name: &CStr, own: u32, gid: u32) -> rustix::io::Result<()> {
+    let file = openat(here, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    let stat = fstat(&file)?;
+    if stat.st_uid != own || !is_due(&stat, gid) {
+        return Ok(());
+    }
+    if stat.st_gid != gid {
+        chownat(&file, c"", None, Some(Gid::from_raw(gid)), AtFlags::EMPTY_PATH)?;
+    }
+    match shared_mode(fstat(&file)?.st_mode) {
+        Some(mode) => chmod(format!("/proc/self/fd/{}", file.as_raw_fd()), Mode::from_raw_mode(mode)),
+        None => Ok(()),
+    }
 }
 
 /// The permissions that a file or directory is to have; `None` where it has them.

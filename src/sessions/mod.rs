@@ -49,6 +49,8 @@ pub struct Settings {
     pub confined: bool,
     /// The users that sessions run as, each one its own; without them, the sidecar's.
     pub users: Option<RangeInclusive<u32>>,
+    /// What all of them work in.
+    pub workspace: PathBuf,
     /// What the jail of each session has to have done, or it does not start.
     pub require: BTreeSet<Protection>,
     /// Why no session may start (a required protection is missing), for people.
@@ -65,6 +67,9 @@ pub struct Settings {
     /// Sessions started ahead.
     pub warm: usize,
 }
+
+/// How long it may take to open the workspace to its group.
+const OPEN_WORKSPACE: Duration = Duration::from_secs(60);
 
 /// Counts a session as one that runs a task, for as long as this lives.
 #[derive(Debug)]
@@ -137,6 +142,10 @@ impl Sessions {
                 pool,
             }),
         };
+        if sessions.shared.identities.is_some() {
+            let shared = Arc::clone(&sessions.shared);
+            sessions.shared.tasks.spawn("open workspace", async move { open_workspace(&shared).await });
+        }
         if let Some(wanted) = warm_for
             && sessions.shared.settings.warm > 0
             && sessions.shared.settings.refused.is_none()
@@ -196,4 +205,27 @@ fn begin_anew(directory: &Path) -> std::io::Result<()> {
     private::remove(directory)?;
     std::fs::create_dir(directory)?;
     std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o711))
+}
+
+/// Opens what is the sidecar's own in the workspace to its group: sessions are others. It may have been put there before
+/// there was a sidecar, or by one whose sessions were of its own user.
+async fn open_workspace(shared: &Shared) {
+    let workspace = shared.settings.workspace.as_path();
+    let confinement = confinement::workspace_only(workspace);
+    let opened = shared.sandbox.share(None, &confinement, workspace, OPEN_WORKSPACE);
+    let opened = tokio::select! {
+        opened = opened => opened,
+        () = shared.tasks.shutdown_token().cancelled() => return,
+    };
+    match opened {
+        Ok(opened) if opened.cut => tracing::warn!(
+            opened.changed,
+            "the workspace has too many files to open all of the sidecar's own to its group; sessions may not edit the rest"
+        ),
+        Ok(opened) => tracing::info!(opened.changed, "the sidecar's own files in the workspace are open to its group"),
+        Err(error) => tracing::error!(
+            error = &error as &dyn std::error::Error,
+            "the sidecar's own files in the workspace could not be opened to its group; sessions may not edit them"
+        ),
+    }
 }

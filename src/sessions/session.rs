@@ -355,6 +355,7 @@ impl Session {
             limit: Some(limit),
             owner: None,
             process: Some(self.server.process.handle()),
+            user: self.place.user,
         };
         self.disk = Some(self.shared.sandbox.watch_disk(spec).await.map_err(SessionError::Disk)?);
         Ok(())
@@ -491,7 +492,7 @@ impl Session {
             return;
         }
         let (session, workdir) = (self.wanted.id, &self.wanted.workdir);
-        match self.shared.sandbox.share(user, confinement, workdir, SHARE).await {
+        match self.shared.sandbox.share(Some(user), confinement, workdir, SHARE).await {
             Ok(shared) if shared.cut => tracing::warn!(
                 %session,
                 shared.changed,

@@ -7,7 +7,7 @@ use super::postgres::{fresh_database, sandbox};
 use super::tls::{Front, front};
 use futures_util::StreamExt;
 use opencode_sidecar::opencode::launch::find_command;
-use opencode_sidecar::sandbox::{Exit, Process, Sandbox, Signal, Spec};
+use opencode_sidecar::sandbox::{Exit, Process, Sandbox, Signal, Spec, User};
 use opencode_sidecar::scripted::{Script, ScriptedModel};
 use opencode_sidecar::sse::Parser;
 use opencode_sidecar::store::DatabaseOptions;
@@ -17,6 +17,7 @@ use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tempfile::TempDir;
@@ -47,6 +48,19 @@ pub(crate) fn opencode() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     find_command(configured.as_deref(), std::env::var_os("PATH"), here).expect("run `make setup` first")
 }
+
+/// Whom a sidecar runs as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum As {
+    /// As the tests do.
+    Own,
+    /// As an ordinary user, as in a pod of the profile `restricted`.
+    Nobody,
+    /// As root with what the recommended pod leaves of its capabilities.
+    PodRoot,
+}
+
+pub(crate) const NOBODY: User = User { uid: 65_534, gid: 65_534 };
 
 pub(crate) struct Sidecar {
     process: Process,
@@ -103,7 +117,31 @@ impl World {
         for (name, value) in changes {
             env.insert((*name).to_owned(), (*value).to_owned());
         }
-        Sidecar::launch(env).await.unwrap_or_else(|log| panic!("the sidecar did not start:\n{log}"))
+        Sidecar::launch(env, As::Own).await.unwrap_or_else(|log| panic!("the sidecar did not start:\n{log}"))
+    }
+
+    /// The same, as somebody else. Needs root.
+    pub(crate) async fn start_as(&self, who: As, changes: &[(&str, &str)]) -> Sidecar {
+        let mut env = self.env.clone();
+        env.extend(changes.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        if who == As::Nobody {
+            for place in [&self.workspace, &self.state] {
+                std::os::unix::fs::chown(place.path(), Some(NOBODY.uid), Some(NOBODY.gid)).unwrap();
+            }
+        }
+        Sidecar::launch(env, who).await.unwrap_or_else(|log| panic!("the sidecar did not start:\n{log}"))
+    }
+
+    /// The users that its sidecars' sessions may have.
+    pub(crate) fn uids(&self) -> RangeInclusive<u32> {
+        let (from, to) = self.env["SESSION_UID_RANGE"].split_once('-').unwrap();
+        from.parse().unwrap()..=to.parse().unwrap()
+    }
+
+    /// The directories that sessions have of their own now.
+    pub(crate) fn private_directories(&self) -> Vec<PathBuf> {
+        let Ok(entries) = std::fs::read_dir(self.state.path().join("sessions")) else { return Vec::new() };
+        entries.map(|entry| entry.unwrap().path()).collect()
     }
 
     /// Starts one that is expected to end by itself; gives how, and what it wrote.
@@ -112,7 +150,7 @@ impl World {
         for (name, value) in changes {
             env.insert((*name).to_owned(), (*value).to_owned());
         }
-        match Sidecar::launch(env).await {
+        match Sidecar::launch(env, As::Own).await {
             Ok(_) => panic!("it started"),
             Err(log) => log,
         }
@@ -167,10 +205,19 @@ fn uid_range() -> String {
 }
 
 impl Sidecar {
-    async fn launch(setting: BTreeMap<String, String>) -> Result<Self, String> {
+    async fn launch(setting: BTreeMap<String, String>, who: As) -> Result<Self, String> {
         let tasks = Tasks::new();
         let mut spec = Spec::new("serve", env!("CARGO_BIN_EXE_opencode-sidecar"));
         spec.args = vec!["serve".into()];
+        match who {
+            As::Own => {}
+            As::Nobody => spec.user = Some(NOBODY),
+            As::PodRoot => {
+                let left = "--bounding-set=-all,+setuid,+setgid,+chown,+kill";
+                let args = [left, "--inh-caps=-all", "--", env!("CARGO_BIN_EXE_opencode-sidecar"), "serve"];
+                (spec.program, spec.args) = ("setpriv".into(), args.map(OsString::from).into());
+            }
+        }
         let path = std::env::var_os("PATH").unwrap();
         spec.env = vec![("PATH".into(), path)];
         spec.env
