@@ -174,11 +174,10 @@ impl StateDir {
         let failed = |source| StartError::State { path: path.to_path_buf(), source };
         // Others may pass through, but not look: the embedded Postgres may run as another user.
         std::fs::DirBuilder::new().recursive(true).mode(0o711).create(path).map_err(failed)?;
-        let mode = std::fs::metadata(path).map_err(failed)?.permissions().mode() & 0o7777;
-        // One that was there: and so may sessions, where they are other users. Where it is not ours to change, that shows
-        // when it is tried whether these reach it.
-        if nix::unistd::geteuid().is_root() && mode & 0o011 != 0o011 {
-            let _ = std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode | 0o011));
+        // So with one that was there: a volume may come open to the group that sessions have. Where it is not ours to
+        // change, it shows when it is tried whether sessions could pass.
+        if nix::unistd::geteuid().is_root() {
+            let _ = std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o711));
         }
         let open = |name: &str| {
             File::options().create(true).read(true).write(true).truncate(false).mode(0o600).open(path.join(name))

@@ -210,8 +210,7 @@ impl<'a> Reader<'a> {
     pub(super) fn uid_range(&mut self, name: &'static str) -> RangeInclusive<u32> {
         const NOBODY: [u32; 2] = [65_534, 65_535];
         let most = u32::MAX - 1;
-        let expected =
-            format!("a range of user ids from 1000 to {most} without 65534 and 65535, such as 61000-63999");
+        let expected = format!("a range of user ids from 1000 to {most} without 65534 and 65535, such as 61000-63999");
         self.required(name, 1000..=1000, &expected, |text| {
             let (from, to) = text.split_once('-')?;
             let (from, to) = (number(from.trim(), 1000, most)?, number(to.trim(), 1000, most)?);

@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test's own helpers fail like the test")]
 
-use super::postgres::{fresh_database, sandbox};
+use super::postgres::{for_everybody, fresh_database, sandbox};
 use super::tls::{Front, front};
 use futures_util::StreamExt;
 use opencode_sidecar::opencode::launch::find_command;
@@ -124,6 +124,7 @@ impl World {
     pub(crate) async fn start_as(&self, who: As, changes: &[(&str, &str)]) -> Sidecar {
         let mut env = self.env.clone();
         env.extend(changes.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        env.insert("DATABASE_URL".to_owned(), for_everybody(&self.database, &self.tasks).await);
         if who == As::Nobody {
             for place in [&self.workspace, &self.state] {
                 std::os::unix::fs::chown(place.path(), Some(NOBODY.uid), Some(NOBODY.gid)).unwrap();
