@@ -138,22 +138,20 @@ async fn users(config: &Config, sandbox: &Sandbox, command: &Path) -> Option<Ran
         (Reach::Pass, command),
     ];
     let gid = std::fs::metadata(&config.workspace_dir).map(|metadata| metadata.gid()).ok()?;
-    for uid in [*range.start(), *range.end()] {
-        match sandbox.try_user(User { uid, gid }, &places).await {
-            Ok(()) => {}
-            // As for every ordinary user.
-            Err(why @ NoUser::Capability(_)) => {
-                tracing::info!(%why, "sessions run as the sidecar's own user");
-                return None;
-            }
-            Err(error) => {
-                let error: &dyn std::error::Error = &error;
-                tracing::warn!(error, "sessions run as the sidecar's own user, although it may choose others");
-                return None;
-            }
+    let (first, last) = (User { uid: *range.start(), gid }, User { uid: *range.end(), gid });
+    match tokio::try_join!(sandbox.try_user(first, &places), sandbox.try_user(last, &places)) {
+        Ok(_) => Some(range),
+        // As for every ordinary user.
+        Err(why @ NoUser::Capability(_)) => {
+            tracing::info!(%why, "sessions run as the sidecar's own user");
+            None
+        }
+        Err(error) => {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(error, "sessions run as the sidecar's own user, although it may choose others");
+            None
         }
     }
-    Some(range)
 }
 
 #[cfg(test)]

@@ -149,16 +149,14 @@ impl Place {
     /// Makes the directories of a new session, and gives them to a user of its own where there are such.
     fn make(shared: &Shared, wanted: &Wanted) -> Result<Self, SessionError> {
         let settings = &shared.settings;
+        let failed = |error| SessionError::Launch(LaunchError::Directories(error));
+        // The workspace's group is its only one: what it moves there from elsewhere is that group's too.
+        let gid = std::fs::metadata(&wanted.workdir).map_err(failed)?.gid();
         let identity = match &shared.identities {
             Some(identities) => Some(identities.take(|| shared.sandbox.users()).ok_or(SessionError::NoUser)?),
             None => None,
         };
-        let failed = |error| SessionError::Launch(LaunchError::Directories(error));
-        let user = match &identity {
-            // The workspace's group is its only one: what it moves there from elsewhere is that group's too.
-            Some(identity) => Some(identity.user(std::fs::metadata(&wanted.workdir).map_err(failed)?.gid())),
-            None => None,
-        };
+        let user = identity.as_ref().map(|identity| identity.user(gid));
         let directories = Directories::new(settings.directory.join(wanted.id.to_string()));
         let place = Self { directories, identity: Mutex::new(identity), user, haunted: AtomicBool::new(false) };
         let made = place.directories.create(&settings.executable);
