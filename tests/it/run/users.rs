@@ -10,7 +10,7 @@ use opencode_sidecar::scripted::Script;
 use reqwest::Method;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
-use std::os::unix::fs::{MetadataExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::time::Duration;
 
 const GROUP: u32 = 54_331;
@@ -145,6 +145,25 @@ async fn a_required_user_that_cannot_be_had_is_refused_by_its_name() {
     let (status, refused) = sidecar.post("/sessions", body).await;
     assert!(status == 503 && refused["detail"].as_str().unwrap().contains("uid"), "{status} {refused}");
     sidecar.stop().await;
+}
+
+/// Root may choose, but its own directory lets nobody pass: then sessions are root without its powers, as they were, and
+/// where a user is required there are none.
+#[tokio::test]
+#[cfg_attr(not(as_root), ignore = "other users take root")]
+async fn users_that_would_not_reach_their_files_are_not_taken() {
+    let world = World::new().await;
+    std::fs::set_permissions(world.state.path(), PermissionsExt::from_mode(0o700)).unwrap();
+    let state = world.state.path().join("inner");
+    for (require, status) in [("capabilities", 200), ("uid", 503)] {
+        let changes = [("STATE_DIR", state.to_str().unwrap()), REQUIRED[0], ("SANDBOX_REQUIRE", require)];
+        let sidecar = world.start(&changes).await;
+        let (ready, check) = sandbox_check(&sidecar).await;
+        assert_eq!(ready, status, "{check}");
+        let there = check["detail"].as_str().unwrap().rsplit("here is: ").next().unwrap();
+        assert!(!there.contains("uid"), "{check}");
+        sidecar.stop().await;
+    }
 }
 
 /// What an agent makes: a repository, a clone, and what package managers leave, in directories and with permissions of
