@@ -43,6 +43,8 @@ const CONNECTIONS: u32 = 10;
 const LIMITS_LOOK: Duration = Duration::from_millis(200);
 /// How long the database may be away at the start.
 const DATABASE_WAIT: Duration = Duration::from_secs(60);
+/// The most sessions of callers that are open at once.
+const MAX_OPEN: usize = 256;
 /// How long the streams and connections may take to end.
 const DRAIN: Duration = Duration::from_secs(2);
 
@@ -168,10 +170,15 @@ impl StateDir {
     /// # Errors
     /// Where it cannot be used, or another process has it.
     pub fn open(path: &Path) -> Result<Self, StartError> {
-        use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+        use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
         let failed = |source| StartError::State { path: path.to_path_buf(), source };
         // Others may pass through, but not look: the embedded Postgres may run as another user.
         std::fs::DirBuilder::new().recursive(true).mode(0o711).create(path).map_err(failed)?;
+        // So with one that was there: a volume may come open to the group that sessions have. Where it is not ours to
+        // change, it shows when it is tried whether sessions could pass.
+        if nix::unistd::geteuid().is_root() {
+            let _ = std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o711));
+        }
         let open = |name: &str| {
             File::options().create(true).read(true).write(true).truncate(false).mode(0o600).open(path.join(name))
         };
@@ -230,7 +237,6 @@ impl App {
             let claimed = tasks.spawn_blocking(move || Resources::claim(&instance, LIMITS_LOOK)).await;
             sandbox = sandbox.with_resources(claimed.unwrap_or_else(|_| Resources::watched(LIMITS_LOOK)));
         }
-        let protections = Protections::of(&config, &sandbox).await;
         let workspace = Workspace::open(&config.workspace_dir)?;
         if let Some(why) = workspace.unshared() {
             tracing::warn!("{why}");
@@ -238,6 +244,7 @@ impl App {
         let here = std::env::current_dir().unwrap_or_default();
         let command = find_command(config.opencode_command.as_deref(), std::env::var_os("PATH"), &here)
             .map_err(StartError::OpenCode)?;
+        let protections = Protections::of(&config, &sandbox, &command).await;
         let database = Database::open(&config, &sandbox, &tasks).await?;
         let broker = Broker::start(
             &tasks,
@@ -279,6 +286,8 @@ impl App {
                 directory: config.state_dir.join("sessions"),
                 confined: config.sandbox != SandboxMode::Off,
                 refused: protections.refused.clone(),
+                users: protections.users.clone(),
+                workspace: workspace.root().to_path_buf(),
                 require: protections.require.clone(),
                 start_timeout: config.start_timeout,
                 first_event_timeout: config.first_event_timeout,
@@ -311,6 +320,7 @@ impl App {
                 },
                 protections: protections.names.clone(),
                 session_idle: config.session_idle_timeout,
+                max_open: max_open(&config, &protections),
             },
             database.store.clone(),
             events,
@@ -427,6 +437,16 @@ fn notifier(
         pace: notify::Pace::default(),
     };
     Notifier::start(settings, store.clone(), metrics.clone(), tasks).map(Some)
+}
+
+/// The most sessions of callers that may be open: no more than have users, beside those of other executions and the warm
+/// ones.
+fn max_open(config: &Config, protections: &Protections) -> usize {
+    let others = config.max_concurrent_tasks + config.warm_pool_size;
+    match protections.users {
+        Some(_) => MAX_OPEN.min(config.session_uids().saturating_sub(others)),
+        None => MAX_OPEN,
+    }
 }
 
 /// What `/ready` looks at.

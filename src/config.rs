@@ -72,6 +72,8 @@ pub struct Config {
     pub max_prompt_length: usize,
     pub warm_pool_size: usize,
     pub session_port_range: RangeInclusive<u16>,
+    /// Users that sessions run as, where the sidecar may choose.
+    pub session_uid_range: RangeInclusive<u32>,
     pub sandbox: SandboxMode,
     /// What has to be in force with `SANDBOX=required`, by name.
     pub sandbox_require: Vec<String>,
@@ -161,6 +163,7 @@ impl Config {
             max_prompt_length: r.number("MAX_PROMPT_LENGTH", 1, 10_000_000),
             warm_pool_size: r.number("WARM_POOL_SIZE", 0, 1_000),
             session_port_range: r.port_range("SESSION_PORT_RANGE"),
+            session_uid_range: r.uid_range("SESSION_UID_RANGE"),
             sandbox: r.word(
                 "SANDBOX",
                 &[
@@ -191,10 +194,19 @@ impl Config {
             },
         };
         check_ports(&config, &mut r);
+        check_uids(&config, &mut r);
         for name in not_yet() {
             r.refuse_if_set(name, "is set, but this version does not support it yet");
         }
         r.finish(config)
+    }
+}
+
+impl Config {
+    /// How many users there are for sessions.
+    pub fn session_uids(&self) -> usize {
+        let range = &self.session_uid_range;
+        usize::try_from(range.end() - range.start()).map_or(usize::MAX, |beyond_the_first| beyond_the_first + 1)
     }
 }
 
@@ -295,6 +307,15 @@ fn check_ports(config: &Config, r: &mut Reader<'_>) {
             &["SESSION_PORT_RANGE", "MAX_CONCURRENT_TASKS", "WARM_POOL_SIZE"],
             "the range must hold a port for each session",
         );
+    }
+}
+
+/// A user for each session: those that run, as many that rest, and the warm ones.
+fn check_uids(config: &Config, r: &mut Reader<'_>) {
+    let names = ["SESSION_UID_RANGE", "MAX_CONCURRENT_TASKS", "WARM_POOL_SIZE"];
+    let needed = 2 * config.max_concurrent_tasks + config.warm_pool_size;
+    if r.is_good(&names) && config.session_uids() < needed {
+        r.fail(&names, "the range must hold two user ids for each concurrent task, and one for each warm session");
     }
 }
 

@@ -73,6 +73,7 @@
 //! | where an event becomes durable | `events::commit` |
 //! | how shell output gets here | [`sandbox::tap`], then [`sandbox::frames`] and `sessions::shell` |
 //! | how processes are ended, and how that is known | `sandbox::process`, [`sandbox::jail`] |
+//! | whom a session runs as, and how its files are shared | `sessions::identity`, `sessions::private`, [`sandbox::errand`] |
 //! | what a session may not do | `sessions::confinement`, then [`sandbox::confine`] |
 //! | which routes there are | [`api::openapi`], and the handlers in [`api::tasks`] and [`api::stream`] |
 //! | the pages for people | `docs/`, and `api::pages`, which serves them; `tests/it/docs` holds them to the code |

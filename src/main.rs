@@ -15,6 +15,9 @@ fn main() -> ExitCode {
     if subcommand.as_deref().is_some_and(|name| name == sandbox::confine::PROBE_SUBCOMMAND) {
         return sandbox::confine::probe();
     }
+    if subcommand.as_deref().is_some_and(|name| name == sandbox::errand::SUBCOMMAND) {
+        return sandbox::errand::run();
+    }
     if subcommand.as_deref().is_some_and(|name| name == sandbox::tap::DRAIN_SUBCOMMAND) {
         return sandbox::tap::drain();
     }

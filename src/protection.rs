@@ -5,14 +5,20 @@
 
 use crate::config::{Config, SandboxMode};
 use crate::sandbox::confine::Protection;
-use crate::sandbox::{Mechanism, Sandbox};
+use crate::sandbox::errand::{NoUser, Reach};
+use crate::sandbox::{Mechanism, Sandbox, User};
 use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 /// What was found.
 #[derive(Clone, Debug)]
 pub struct Protections {
     /// What a session will have, by name.
     pub names: Vec<String>,
+    /// The users that sessions run as, each one its own; `None`: as the sidecar's.
+    pub users: Option<RangeInclusive<u32>>,
     /// What the jail of each session has to have done, or it does not start.
     pub require: BTreeSet<Protection>,
     /// What is required and not to be had.
@@ -26,8 +32,8 @@ pub struct Protections {
 }
 
 impl Protections {
-    /// Looks.
-    pub async fn of(config: &Config, sandbox: &Sandbox) -> Self {
+    /// Looks. The directories of `config` are to be there, and `command` is OpenCode's executable.
+    pub async fn of(config: &Config, sandbox: &Sandbox, command: &Path) -> Self {
         if config.sandbox == SandboxMode::Off {
             tracing::warn!("SANDBOX=off: the agent can reach whatever this process can");
             let names = vec!["subreaper".to_owned()];
@@ -40,15 +46,27 @@ impl Protections {
                 );
             }
             let (require, missing) = (BTreeSet::new(), Vec::new());
-            return Self { names, require, missing, refused: None, unheld: unheld.clone(), unheld_cpu: unheld };
+            return Self {
+                names,
+                users: None,
+                require,
+                missing,
+                refused: None,
+                unheld: unheld.clone(),
+                unheld_cpu: unheld,
+            };
         }
-        let offered = match sandbox.offers().await {
+        let mut offered = match sandbox.offers().await {
             Ok(offers) => offers.confined.protections,
             Err(error) => {
                 tracing::error!(error = &error as &dyn std::error::Error, "no program can be confined");
                 BTreeSet::new()
             }
         };
+        let users = users(config, sandbox, command).await;
+        if users.is_some() {
+            offered.insert(Protection::Uid);
+        }
         let mut names: Vec<String> = offered.iter().map(|protection| protection.name().to_owned()).collect();
         let mechanism = sandbox.resources().probe().mechanism;
         names.push(mechanism.to_string());
@@ -77,10 +95,12 @@ impl Protections {
                     missing.join(", ")
                 );
                 tracing::error!("{refused}");
-                Self { names, require: require.collect(), missing, refused: Some(refused), unheld: None, unheld_cpu }
+                let require = require.collect();
+                Self { names, users, require, missing, refused: Some(refused), unheld: None, unheld_cpu }
             }
             (SandboxMode::Required, true) => {
-                Self { names, require: require.collect(), missing, refused: None, unheld: None, unheld_cpu }
+                let require = require.collect();
+                Self { names, users, require, missing, refused: None, unheld: None, unheld_cpu }
             }
             (_, complete) => {
                 if !complete {
@@ -89,7 +109,8 @@ impl Protections {
                         "SANDBOX=best-effort: sessions have less than the usual protection"
                     );
                 }
-                Self { names, require: BTreeSet::new(), missing, refused: None, unheld: None, unheld_cpu }
+                let require = BTreeSet::new();
+                Self { names, users, require, missing, refused: None, unheld: None, unheld_cpu }
             }
         }
     }
@@ -104,6 +125,31 @@ impl Protections {
                 ("degraded", format!("not here: {}; there is: {names}", self.missing.join(", ")))
             }
             (None, _) => ("ok", names),
+        }
+    }
+}
+
+/// The users that sessions can have, which takes that this process may give them, and that they reach what they need.
+async fn users(config: &Config, sandbox: &Sandbox, command: &Path) -> Option<RangeInclusive<u32>> {
+    let range = config.session_uid_range.clone();
+    let places = [
+        (Reach::Work, config.workspace_dir.as_path()),
+        (Reach::Pass, config.state_dir.as_path()),
+        (Reach::Pass, command),
+    ];
+    let gid = std::fs::metadata(&config.workspace_dir).map(|metadata| metadata.gid()).ok()?;
+    let (first, last) = (User { uid: *range.start(), gid }, User { uid: *range.end(), gid });
+    match tokio::try_join!(sandbox.try_user(first, &places), sandbox.try_user(last, &places)) {
+        Ok(_) => Some(range),
+        // As for every ordinary user.
+        Err(why @ NoUser::Capability(_)) => {
+            tracing::info!(%why, "sessions run as the sidecar's own user");
+            None
+        }
+        Err(error) => {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(error, "sessions run as the sidecar's own user, although it may choose others");
+            None
         }
     }
 }

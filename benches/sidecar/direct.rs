@@ -57,6 +57,7 @@ impl Direct {
             directories,
             workdir: workspace.clone(),
             env,
+            user: None,
             confinement: None,
             limits: None,
             deadline: patience,

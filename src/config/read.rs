@@ -205,6 +205,19 @@ impl<'a> Reader<'a> {
             (from >= 1024 && from <= to).then_some(from..=to)
         })
     }
+
+    /// No user that a system gives to people or services (below 1000), and not those that mean nobody.
+    pub(super) fn uid_range(&mut self, name: &'static str) -> RangeInclusive<u32> {
+        const NOBODY: [u32; 2] = [65_534, 65_535];
+        let most = u32::MAX - 1;
+        let expected = format!("a range of user ids from 1000 to {most} without 65534 and 65535, such as 61000-63999");
+        self.required(name, 1000..=1000, &expected, |text| {
+            let (from, to) = text.split_once('-')?;
+            let (from, to) = (number(from.trim(), 1000, most)?, number(to.trim(), 1000, most)?);
+            let range = from..=to;
+            (!range.is_empty() && !NOBODY.iter().any(|nobody| range.contains(nobody))).then_some(range)
+        })
+    }
 }
 
 fn number<T: FromStr + PartialOrd>(text: &str, least: T, most: T) -> Option<T> {

@@ -33,6 +33,7 @@ fn an_empty_environment_gives_the_contracts_defaults() {
         assert_eq!((c.max_concurrent_tasks, c.max_queued_tasks, c.warm_pool_size), (5, 100, 0));
         assert_eq!((c.max_prompt_length, c.model_max_failures), (50_000, 5));
         assert_eq!(c.session_port_range, 20000..=20999);
+        assert_eq!((c.session_uid_range.clone(), c.session_uids()), (61000..=63999, 3000));
         assert_eq!(c.sandbox, SandboxMode::Required);
         assert_eq!(
             c.limits,
@@ -97,6 +98,24 @@ fn each_variable_is_read_and_checked() {
         ("MAX_PROMPT_LENGTH", "10", &["0", "x"]),
         ("WARM_POOL_SIZE", "2", &["-1", "x"]),
         ("SESSION_PORT_RANGE", "30000-30100", &["30000", "30100-30000", "80-90", "1-65536", "a-b", "-"]),
+        (
+            "SESSION_UID_RANGE",
+            "100000 - 100999",
+            &[
+                "61000",
+                "0-100",
+                "0",
+                "999-2000",
+                "62000-61000",
+                "61000-65534",
+                "65535-70000",
+                "61000-4294967295",
+                "+61000-62000",
+                "61000-",
+                "-62000",
+                "a-b",
+            ],
+        ),
         ("SESSION_IDLE_TIMEOUT", "5", &["0", "x"]),
         ("SESSIONS_STREAM_UNAUTHENTICATED", "1", &["0", "true"]),
         ("SANDBOX", "best-effort", &["none", "REQUIRED"]),

@@ -22,8 +22,6 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// The most sessions of callers that are open at once; beyond it the one that has rested longest ends.
-const MAX_OPEN: usize = 256;
 /// How often it is looked whose rest is over.
 const LOOK: Duration = Duration::from_secs(1);
 /// How long the first execution of a new session may take to be on its way, before the answer is given all the same.
@@ -327,6 +325,10 @@ impl Executions {
         if gone.is_cancelled() {
             return CreateError::Abandoned;
         }
+        if let SessionError::NoUser = error {
+            tracing::warn!(error = error as &dyn std::error::Error, "a session was not made");
+            return CreateError::Full;
+        }
         tracing::error!(error = error as &dyn std::error::Error, "a session was not made");
         let failure = owner::not_started(error);
         match failure.reason {
@@ -409,17 +411,18 @@ impl Executions {
     }
 
     async fn end_surplus(&self) {
+        let limit = self.shared.settings.max_open;
         let mut unused: Vec<_> = {
             let list = self.shared.lock_kept();
-            if list.len() <= MAX_OPEN {
+            if list.len() <= limit {
                 return;
             }
             list.values().flatten().filter(|kept| kept.is_unused()).cloned().collect()
         };
         unused.sort_by_key(|kept| kept.used_at());
-        let surplus = self.shared.lock_kept().len().saturating_sub(MAX_OPEN);
+        let surplus = self.shared.lock_kept().len().saturating_sub(limit);
         for kept in unused.into_iter().take(surplus) {
-            tracing::warn!(session = %kept.id(), limit = MAX_OPEN, "too many sessions are open: the one unused for longest ends");
+            tracing::warn!(session = %kept.id(), limit, "too many sessions are open: the one unused for longest ends");
             self.close(&kept).await;
         }
     }

@@ -216,6 +216,7 @@ impl Kept {
     pub(super) async fn give_back(&self, mut session: Session, settled: bool) -> Ended {
         if settled && session.is_alive() && self.ended_at().is_none() {
             let usage = session.usage();
+            session.share().await;
             session.rest();
             self.lock().process = Process::Resting { session: Box::new(session), since: Instant::now() };
             return Ended { usage, nothing_left: true, ..Ended::default() };

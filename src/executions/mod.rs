@@ -57,6 +57,8 @@ pub struct Settings {
     pub protections: Vec<String>,
     /// How long the process of a caller's session rests before it is parked.
     pub session_idle: Duration,
+    /// The most sessions of callers that are open at once; beyond it the one that has rested longest ends.
+    pub max_open: usize,
 }
 
 /// The service. Cheap to clone.

@@ -290,6 +290,11 @@ impl Owner {
 pub(super) fn not_started(error: &SessionError) -> Failure {
     match error {
         SessionError::Refused(why) => Failure::new(Reason::SandboxUnavailable, "sandbox_unavailable", why.clone()),
+        SessionError::NoUser => Failure::new(
+            Reason::SandboxUnavailable,
+            "sandbox_unavailable",
+            "Every user of SESSION_UID_RANGE is in use; end sessions that nobody needs, or give it more.",
+        ),
         SessionError::Launch(LaunchError::Ended { .. }) => {
             Failure::new(Reason::OpencodeCrashed, "opencode_start_failed", "OpenCode ended before it listened.")
         }

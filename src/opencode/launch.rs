@@ -5,7 +5,7 @@
 
 use super::profile::Directories;
 use crate::sandbox::confine::Confinement;
-use crate::sandbox::{Limits, Process, Sandbox, Signal, Spec, StartError};
+use crate::sandbox::{Limits, Process, Sandbox, Signal, Spec, StartError, User};
 use crate::tasks::Tasks;
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -115,6 +115,8 @@ pub struct Launch {
     pub directories: Directories,
     pub workdir: PathBuf,
     pub env: Vec<(OsString, OsString)>,
+    /// The user that it runs as, if not the sidecar's own; the directories are its.
+    pub user: Option<User>,
     /// What it is confined to, but for its ports; not at all without it.
     pub confinement: Option<Confinement>,
     /// What it may use, with all that descends from it; neither limited nor measured without it.
@@ -160,7 +162,7 @@ async fn launch_once(sandbox: &Sandbox, tasks: &Tasks, ports: &Ports, launch: &L
             args: args.iter().map(OsString::from).collect(),
             env: launch.env.clone(),
             cwd: launch.workdir.clone(),
-            user: None,
+            user: launch.user,
             stop_signal: Signal::Term,
             stop_grace: Duration::ZERO,
             // When memory runs out, the kernel is to take the agent and not the sidecar.

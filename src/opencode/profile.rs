@@ -170,6 +170,11 @@ fn own_denials(enabled: &[String]) -> [(&'static str, Value); 3] {
     ]
 }
 
+/// What git is configured with, for a workspace that several users of one group work in: it takes repositories that another
+/// one has made, and makes its own so that others can commit to them. In a file of the user's, since what git starts
+/// itself (`upload-pack` of a clone, for one) does not get a configuration from the environment.
+const GIT: &str = "[safe]\n\tdirectory = *\n[core]\n\tsharedRepository = group\n";
+
 /// The directories of one session, all below one that is its own.
 #[derive(Clone, Debug)]
 pub struct Directories {
@@ -197,8 +202,8 @@ impl Directories {
         self.root.join("bin/bash")
     }
 
-    /// Makes them, with the shell tap, and with what keeps OpenCode from running `npm install` at its first start
-    /// (OPENCODE.md "Network at boot").
+    /// Makes them, with the shell tap, with what keeps OpenCode from running `npm install` at its first start
+    /// (OPENCODE.md "Network at boot"), and with [`GIT`].
     ///
     /// # Errors
     /// What the file system said.
@@ -206,9 +211,10 @@ impl Directories {
         use std::os::unix::fs::DirBuilderExt;
         let mut builder = std::fs::DirBuilder::new();
         builder.recursive(true).mode(0o700);
-        for name in ["home", "data", "config/opencode/node_modules", "cache", "state", "tmp", "bin"] {
+        for name in ["home", "data", "config/opencode/node_modules", "config/git", "cache", "state", "tmp", "bin"] {
             builder.create(self.root.join(name))?;
         }
+        std::fs::write(self.root.join("config/git/config"), GIT)?;
         std::fs::write(
             self.root.join("config/opencode/package-lock.json"),
             r#"{"packages":{"":{"dependencies":{"@opencode-ai/plugin":"*"}}}}"#,

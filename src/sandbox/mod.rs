@@ -7,6 +7,7 @@
 //! - `resources`: what a program may use and has used; `cgroup` limits and counts it, and where no group can be made
 //!   the jail's own `watch` does what it can.
 //! - `disk`: how much a program adds to the disk, counted.
+//! - `errand`: what is best done as the user of a program: by this binary, as that user, and confined like it.
 //! - `orphans`: what a jail leaves behind when it is killed itself.
 //! - `tree`: the process tree as `/proc` shows it.
 //! - `tap`: the shell that OpenCode is given, which runs the real one and sends a copy of its output to the sidecar
@@ -18,6 +19,7 @@
 mod cgroup;
 pub mod confine;
 mod disk;
+pub mod errand;
 pub mod frames;
 pub mod jail;
 mod orphans;
@@ -38,6 +40,7 @@ use crate::tasks::Tasks;
 use nix::sys::prctl;
 use nix::sys::signal;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fmt;
 use std::io;
@@ -105,6 +108,11 @@ impl Sandbox {
     /// They cannot be started, or do not end.
     pub async fn offers(&self) -> Result<confine::Offers, RunError> {
         confine::ask_offers(self).await
+    }
+
+    /// The users that processes of this machine have now, as far as `/proc` shows them.
+    pub fn users(&self) -> BTreeSet<u32> {
+        tree::users()
     }
 
     /// Counts what is added beneath directories from now on, until the result is dropped. See [`DiskSpec`] for what;

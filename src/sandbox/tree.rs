@@ -83,6 +83,19 @@ pub(super) fn walk(is_root: impl Fn(&Stat) -> bool, mut visit: impl FnMut(&Stat)
     }
 }
 
+/// The users that processes have now: real, effective and saved ones.
+pub(super) fn users() -> BTreeSet<u32> {
+    let Ok(entries) = fs::read_dir("/proc") else { return BTreeSet::new() };
+    // What is no process has no such file. The owner of the directory would not do: a process can make it root's.
+    let statuses = entries.flatten().filter_map(|entry| fs::read(entry.path().join("status")).ok());
+    statuses.flat_map(|status| users_in(&String::from_utf8_lossy(&status))).collect()
+}
+
+fn users_in(status: &str) -> Vec<u32> {
+    let line = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+    line.unwrap_or_default().split_ascii_whitespace().filter_map(|uid| uid.parse().ok()).collect()
+}
+
 /// Kills as it walks (see [`walk`]), so that a parent is dead before its next child could be born. Returns whom it
 /// signalled; zombies are left out.
 pub(super) fn kill_all(is_root: impl Fn(&Stat) -> bool) -> BTreeSet<i32> {
@@ -141,6 +154,13 @@ mod tests {
         for line in ["", "1", "1 (", "1 (a", "1 (a)", "1 (a) S", "1 (a) S x 1 1", "x (a) S 1 1 1", "1 (a) S 1 1"] {
             assert_eq!(Stat::parse(line), None, "{line:?}");
         }
+    }
+
+    #[test]
+    fn all_users_of_a_process_count() {
+        assert_eq!(users_in("Name:\tUid: 7\nUid:\t1\t2\t3\t4\nGid:\t9\t9\t9\t9\n"), [1, 2, 3, 4]);
+        assert!(users_in("Name:\tx\n").is_empty());
+        assert!(users().contains(&nix::unistd::getuid().as_raw()));
     }
 
     #[test]

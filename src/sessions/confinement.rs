@@ -68,11 +68,25 @@ pub(super) fn confinement(
             ],
             devices: DEVICES.iter().map(PathBuf::from).collect(),
         },
-        // Where it is root without its powers, or another user than the workspace's, it is its group that counts.
-        groups: std::fs::metadata(workdir).map(|workdir| workdir.gid()).into_iter().collect(),
+        groups: group_of(workdir),
         network: Network { connect: vec![broker], ..Network::default() },
         ..Confinement::default()
     }
+}
+
+/// For what only looks after the workspace.
+pub(super) fn workspace_only(workspace: &Path) -> Confinement {
+    let execute = SYSTEM.iter().map(PathBuf::from).collect();
+    Confinement {
+        files: Files { execute, write: vec![workspace.to_path_buf()], devices: Vec::new() },
+        groups: group_of(workspace),
+        ..Confinement::default()
+    }
+}
+
+/// Where a program is root without its powers, or another user than the workspace's, it is its group that counts.
+fn group_of(workdir: &Path) -> Vec<u32> {
+    std::fs::metadata(workdir).map(|workdir| workdir.gid()).into_iter().collect()
 }
 
 /// The search path without what lies in a person's own directory: found there, a program could not be executed.

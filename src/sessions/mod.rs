@@ -2,6 +2,8 @@
 //!
 //! - `session`: starting, priming and ending one.
 //! - `confinement`: what one is confined to.
+//! - `identity`: the user that one runs as.
+//! - `private`: its own directory on disk.
 //! - `run`: one execution in it: what is awaited, the deadlines, how it ended.
 //! - `shell`: the output of its shell commands.
 //! - `pool`: sessions started ahead for tasks on the default model.
@@ -9,7 +11,9 @@
 //! A session knows nothing of queues, statuses or callers: that is `executions`.
 
 mod confinement;
+mod identity;
 mod pool;
+mod private;
 mod run;
 mod session;
 mod shell;
@@ -25,7 +29,9 @@ use crate::sandbox::confine::Protection;
 use crate::tasks::Tasks;
 use crate::telemetry::Metrics;
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::ops::RangeInclusive;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -41,6 +47,10 @@ pub struct Settings {
     pub directory: PathBuf,
     /// Whether sessions are confined, as far as this host can do that.
     pub confined: bool,
+    /// The users that sessions run as, each one its own; without them, the sidecar's.
+    pub users: Option<RangeInclusive<u32>>,
+    /// What all of them work in.
+    pub workspace: PathBuf,
     /// What the jail of each session has to have done, or it does not start.
     pub require: BTreeSet<Protection>,
     /// Why no session may start (a required protection is missing), for people.
@@ -57,6 +67,9 @@ pub struct Settings {
     /// Sessions started ahead.
     pub warm: usize,
 }
+
+/// How long it may take to open the workspace to its group.
+const OPEN_WORKSPACE: Duration = Duration::from_secs(60);
 
 /// Counts a session as one that runs a task, for as long as this lives.
 #[derive(Debug)]
@@ -87,6 +100,8 @@ struct Shared {
     sandbox: Sandbox,
     broker: Broker,
     ports: Ports,
+    /// Where sessions have users of their own.
+    identities: Option<identity::Identities>,
     tasks: Tasks,
     metrics: Metrics,
     /// Sessions that run tasks.
@@ -108,11 +123,10 @@ impl Sessions {
         metrics: Metrics,
         warm_for: Option<Wanted>,
     ) -> Self {
-        if let Err(error) = std::fs::remove_dir_all(&settings.directory)
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
+        if let Err(error) = begin_anew(&settings.directory) {
             tracing::warn!(%error, "directories of earlier sessions could not be removed");
         }
+        let identities = settings.users.clone().map(identity::Identities::new);
         let pool = pool::Pool::new(settings.warm);
         let sessions = Self {
             shared: Arc::new(Shared {
@@ -120,6 +134,7 @@ impl Sessions {
                 sandbox,
                 broker,
                 ports,
+                identities,
                 tasks,
                 metrics,
                 in_use: watch::Sender::new(0),
@@ -127,6 +142,10 @@ impl Sessions {
                 pool,
             }),
         };
+        if sessions.shared.identities.is_some() {
+            let shared = Arc::clone(&sessions.shared);
+            sessions.shared.tasks.spawn("open workspace", async move { open_workspace(&shared).await });
+        }
         if let Some(wanted) = warm_for
             && sessions.shared.settings.warm > 0
             && sessions.shared.settings.refused.is_none()
@@ -152,6 +171,7 @@ impl Sessions {
             None => Session::start(&self.shared, wanted, parked, false).await?,
         };
         session.in_use = Some(in_use);
+        session.worked = true;
         Ok(session)
     }
 
@@ -176,5 +196,36 @@ impl Sessions {
         for session in self.shared.pool.close() {
             session.end(true).await;
         }
+    }
+}
+
+/// Makes the directory that those of the sessions are in, without any of an earlier life. Each session passes through it
+/// to its own, and cannot see the others.
+fn begin_anew(directory: &Path) -> std::io::Result<()> {
+    private::remove(directory)?;
+    std::fs::create_dir(directory)?;
+    std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o711))
+}
+
+/// Opens what is the sidecar's own in the workspace to its group: sessions are others. It may have been put there before
+/// there was a sidecar, or by one whose sessions were of its own user.
+async fn open_workspace(shared: &Shared) {
+    let workspace = shared.settings.workspace.as_path();
+    let confinement = confinement::workspace_only(workspace);
+    let opened = shared.sandbox.share(None, &confinement, workspace, OPEN_WORKSPACE);
+    let opened = tokio::select! {
+        opened = opened => opened,
+        () = shared.tasks.shutdown_token().cancelled() => return,
+    };
+    match opened {
+        Ok(opened) if opened.cut => tracing::warn!(
+            opened.changed,
+            "the workspace has too many files to open all of the sidecar's own to its group; sessions may not edit the rest"
+        ),
+        Ok(opened) => tracing::info!(opened.changed, "the sidecar's own files in the workspace are open to its group"),
+        Err(error) => tracing::error!(
+            error = &error as &dyn std::error::Error,
+            "the sidecar's own files in the workspace could not be opened to its group; sessions may not edit them"
+        ),
     }
 }

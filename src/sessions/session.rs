@@ -1,7 +1,8 @@
 //! One OpenCode process: started, primed, ended.
 
 use super::confinement::{Programs, confinement, search_path};
-use super::{InUse, Measured, Shared};
+use super::identity::Identity;
+use super::{InUse, Measured, Shared, private};
 use crate::broker::{Budget, Grant, Lease, Upstream};
 use crate::model::task::Limits;
 use crate::model::{SessionId, Usage};
@@ -9,12 +10,15 @@ use crate::opencode::OPENCODE_VERSION;
 use crate::opencode::client::{Client, ClientError, Prompt};
 use crate::opencode::launch::{Launch, LaunchError, Server, launch};
 use crate::opencode::profile::{Directories, Endpoints, Profile, config, environment};
-use crate::sandbox::{Disk, DiskSpec};
+use crate::sandbox::confine::Confinement;
+use crate::sandbox::{Disk, DiskSpec, User};
 use crate::secrets::random_token;
 use futures_util::FutureExt;
 use secrecy::{ExposeSecret, SecretString};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
@@ -25,6 +29,8 @@ const TERM: Duration = Duration::from_millis(500);
 const KILL: Duration = Duration::from_secs(10);
 /// How long a warm session may take for its first, unpaid answer.
 const PRIME: Duration = Duration::from_secs(60);
+/// How long it may take to open to the group what a task has made.
+const SHARE: Duration = Duration::from_secs(2);
 
 /// What a session is to be like.
 /// How many of its processes and threads a session keeps for OpenCode where its commands want them all; half of them
@@ -76,6 +82,8 @@ pub enum SessionError {
     HasEnded,
     #[error("the model's endpoint is no URL")]
     Endpoint(#[source] url::ParseError),
+    #[error("every user of SESSION_UID_RANGE is in use")]
+    NoUser,
     #[error("no random bytes")]
     Random(#[source] std::io::Error),
     #[error("what it adds to the disk cannot be counted")]
@@ -117,16 +125,67 @@ impl Ended {
 }
 
 /// What is left of a session whose processes were ended: its directories, and in them its conversation.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Parked {
-    directories: Directories,
+    place: Arc<Place>,
     conversation: Option<String>,
 }
 
 impl Parked {
     /// Removes it for good.
     pub fn discard(self) {
-        remove(&self.directories);
+        self.place.remove();
+    }
+}
+
+/// What a session has for as long as it exists, whether its process lives or not: directories, and the user that they
+/// belong to and that it runs as.
+#[derive(Debug)]
+struct Place {
+    directories: Directories,
+    /// Without one it runs as the sidecar's own user. Taken out when it is given back.
+    identity: Mutex<Option<Identity>>,
+    user: Option<User>,
+    /// Whether something may still run as its user.
+    haunted: AtomicBool,
+}
+
+impl Place {
+    /// Makes the directories of a new session, and gives them to a user of its own where there are such.
+    fn make(shared: &Shared, wanted: &Wanted) -> Result<Self, SessionError> {
+        let settings = &shared.settings;
+        let failed = |error| SessionError::Launch(LaunchError::Directories(error));
+        // The workspace's group is its only one: what it moves there from elsewhere is that group's too.
+        let gid = std::fs::metadata(&wanted.workdir).map_err(failed)?.gid();
+        let identity = match &shared.identities {
+            Some(identities) => Some(identities.take(|| shared.sandbox.users()).ok_or(SessionError::NoUser)?),
+            None => None,
+        };
+        let user = identity.as_ref().map(|identity| identity.user(gid));
+        let directories = Directories::new(settings.directory.join(wanted.id.to_string()));
+        let place = Self { directories, identity: Mutex::new(identity), user, haunted: AtomicBool::new(false) };
+        let made = place.directories.create(&settings.executable);
+        let given = made.and_then(|()| match user {
+            Some(user) => private::give(place.directories.root(), user),
+            None => Ok(()),
+        });
+        if let Err(error) = given {
+            place.remove();
+            return Err(failed(error));
+        }
+        Ok(place)
+    }
+
+    /// Removes the directories, and gives the user back if nothing of it is left.
+    fn remove(&self) {
+        let directory = self.directories.root();
+        if self.haunted.load(Ordering::Acquire) {
+            tracing::error!(directory = %directory.display(), "a session's directory stays, since something of it may still run");
+        } else if let Err(error) = private::remove(directory) {
+            tracing::error!(%error, directory = %directory.display(), "a session's directory could not be removed");
+        } else if let Some(identity) = self.identity.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            identity.free();
+        }
     }
 }
 
@@ -138,7 +197,11 @@ pub struct Session {
     pub(super) server: Server,
     pub(super) client: Client,
     pub(super) lease: Lease,
-    directories: Directories,
+    place: Arc<Place>,
+    /// What it is confined to, but for its ports.
+    confinement: Option<Confinement>,
+    /// Whether it had a task, and so may have made something that is to be shared.
+    pub(super) worked: bool,
     warm: bool,
     /// OpenCode's id of the conversation that it has, once it has one.
     pub(super) conversation: Option<String>,
@@ -169,15 +232,12 @@ impl Session {
             },
             limits: wanted.budget(),
         });
-        let directories = match parked {
-            Some(parked) => parked.directories.clone(),
-            None => {
-                let directories = Directories::new(settings.directory.join(wanted.id.to_string()));
-                directories.create(&settings.executable).map_err(LaunchError::Directories)?;
-                directories
-            }
-        };
         let password = random_token().map_err(SessionError::Random)?;
+        let place = match parked {
+            Some(parked) => Arc::clone(&parked.place),
+            None => Arc::new(Place::make(shared, &wanted)?),
+        };
+        let directories = &place.directories;
         let shell = directories.shell();
         let configuration = config(
             &wanted.profile,
@@ -189,8 +249,8 @@ impl Session {
                 idle_timeout: settings.idle_timeout,
             },
         );
-        let env = environment(
-            &directories,
+        let mut env = environment(
+            directories,
             &configuration,
             password.expose_secret(),
             &lease.shell_url(),
@@ -200,11 +260,15 @@ impl Session {
                 _ => std::env::var_os(name),
             },
         );
+        if place.user.is_some() {
+            // There is no other name for it: the system's list of users does not know it.
+            env.extend(["USER", "LOGNAME"].map(|name| (name.into(), "session".into())));
+        }
         let confinement = settings.confined.then(|| {
             let path = env.iter().find(|(name, _)| name == "PATH").map(|(_, path)| path.as_os_str());
             let programs =
                 Programs { opencode: &settings.command, sidecar: &settings.executable, path: path.unwrap_or_default() };
-            let mut confinement = confinement(programs, &directories, &wanted.workdir, shared.broker.address());
+            let mut confinement = confinement(programs, directories, &wanted.workdir, shared.broker.address());
             confinement.require.clone_from(&settings.require);
             confinement
         });
@@ -213,7 +277,8 @@ impl Session {
             directories: directories.clone(),
             workdir: wanted.workdir.clone(),
             env,
-            confinement,
+            user: place.user,
+            confinement: confinement.clone(),
             limits: settings.confined.then(|| wanted.resources()),
             deadline: settings.start_timeout.min(wanted.start_within),
             stop: wanted.stop.clone(),
@@ -222,13 +287,23 @@ impl Session {
             Ok(server) => server,
             Err(error) => {
                 if parked.is_none() {
-                    remove(&directories);
+                    place.remove();
                 }
                 return Err(error.into());
             }
         };
-        let client = Client::new(server.port.number(), password, &wanted.workdir.to_string_lossy());
-        let client = client.map_err(SessionError::Client)?;
+        let client = match Client::new(server.port.number(), password, &wanted.workdir.to_string_lossy()) {
+            Ok(client) => client,
+            Err(error) => {
+                if server.process.kill(KILL).await.is_err() {
+                    place.haunted.store(true, Ordering::Release);
+                }
+                if parked.is_none() {
+                    place.remove();
+                }
+                return Err(SessionError::Client(error));
+            }
+        };
         let conversation = parked.and_then(|parked| parked.conversation.clone());
         let mut session = Self {
             shared: Arc::clone(shared),
@@ -236,7 +311,9 @@ impl Session {
             server,
             client,
             lease,
-            directories,
+            place,
+            confinement,
+            worked: false,
             warm,
             conversation,
             in_use: None,
@@ -277,10 +354,11 @@ impl Session {
             return Ok(());
         };
         let spec = DiskSpec {
-            roots: vec![self.wanted.workdir.clone(), self.directories.root().to_path_buf()],
+            roots: vec![self.wanted.workdir.clone(), self.place.directories.root().to_path_buf()],
             limit: Some(limit),
             owner: None,
             process: Some(self.server.process.handle()),
+            user: self.place.user,
         };
         self.disk = Some(self.shared.sandbox.watch_disk(spec).await.map_err(SessionError::Disk)?);
         Ok(())
@@ -331,6 +409,7 @@ impl Session {
 
     /// Takes it over for a task: the task's id and limits from now on.
     pub(super) fn claim(&mut self, wanted: &Wanted) {
+        self.worked = true;
         self.wanted.id = wanted.id;
         self.wanted.limits = wanted.limits;
         self.lease.reset(self.wanted.budget());
@@ -371,14 +450,14 @@ impl Session {
     /// for the execution's end waits for this.
     pub async fn end(self, done: bool) -> Ended {
         let ended = self.end_processes(done).await;
-        remove(&self.directories);
+        self.place.remove();
         ended
     }
 
     /// The same, but what is on disk stays, for a later start.
     pub async fn park(self, done: bool) -> (Ended, Parked) {
         let ended = self.end_processes(done).await;
-        (ended, Parked { directories: self.directories, conversation: self.conversation })
+        (ended, Parked { place: self.place, conversation: self.conversation })
     }
 
     async fn end_processes(&self, done: bool) -> Ended {
@@ -392,8 +471,12 @@ impl Session {
             let _ = tokio::time::timeout(TERM, process.exited()).await;
         }
         match process.kill(KILL).await {
-            Ok(gone) => Ended { cpu_seconds: gone.cpu_seconds, usage: gone.usage, nothing_left: true },
+            Ok(gone) => {
+                self.share().await;
+                Ended { cpu_seconds: gone.cpu_seconds, usage: gone.usage, nothing_left: true }
+            }
             Err(left) => {
+                self.place.haunted.store(true, Ordering::Release);
                 tracing::error!(?left, session = %self.wanted.id, "processes of a session could not be ended");
                 Ended::default()
             }
@@ -404,10 +487,26 @@ impl Session {
     pub fn rest(&mut self) {
         self.in_use = None;
     }
-}
 
-fn remove(directories: &Directories) {
-    if let Err(error) = std::fs::remove_dir_all(directories.root()) {
-        tracing::warn!(%error, directory = %directories.root().display(), "a session's directory could not be removed");
+    /// Opens what it has made to the workspace's group, where it is a user of its own: other sessions are others then.
+    pub async fn share(&self) {
+        let (Some(user), Some(confinement)) = (self.place.user, &self.confinement) else { return };
+        if !self.worked {
+            return;
+        }
+        let (session, workdir) = (self.wanted.id, &self.wanted.workdir);
+        match self.shared.sandbox.share(Some(user), confinement, workdir, SHARE).await {
+            Ok(shared) if shared.cut => tracing::warn!(
+                %session,
+                shared.changed,
+                "there are too many files to open all that the session has made to the workspace's group"
+            ),
+            Ok(shared) => tracing::debug!(%session, shared.changed, "opened to the workspace's group"),
+            Err(error) => tracing::error!(
+                %session,
+                error = &error as &dyn std::error::Error,
+                "what the session has made could not be opened to the workspace's group"
+            ),
+        }
     }
 }

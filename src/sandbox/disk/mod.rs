@@ -15,12 +15,14 @@
 //! A project quota would hold writes back where ext4 or XFS is mounted with them, which no usual volume of a pod is; it
 //! takes capabilities that a pod does not have, and is not used.
 
-mod walk;
+pub(super) mod walk;
 
 use super::process::ProcessHandle;
-use super::tree;
+use super::{User, tree};
 use crate::tasks::Tasks;
+use nix::unistd::{Gid, Uid, getegid, geteuid, setfsgid, setfsuid};
 use rustix::fs::{FileType, StatVfs, statvfs};
+use rustix::thread::{CapabilitySet, capabilities};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -54,6 +56,8 @@ pub struct DiskSpec {
     pub owner: Option<u32>,
     /// Whose open files without a name count too.
     pub process: Option<ProcessHandle>,
+    /// The user that looks, where this process itself may not look into another one's directories and processes.
+    pub user: Option<User>,
 }
 
 /// What was added since the start.
@@ -196,7 +200,10 @@ impl Counter {
         let work = self.tasks.spawn_blocking(move || {
             let began = std::time::Instant::now();
             let mut walk = Walk::new(spec.owner, MAX_ENTRIES, &flag);
+            let eyes = spec.user.filter(|_| !passes_over_permissions()).map(Eyes::of);
             walk.trees(&spec.roots)?;
+            drop(eyes);
+            let _eyes = spec.user.map(Eyes::of);
             if let Some(jail) = spec.process.as_ref().and_then(ProcessHandle::jail) {
                 nameless(jail, &spec.roots, &mut walk);
             }
@@ -214,6 +221,32 @@ impl Counter {
                 Err(io::ErrorKind::Interrupted.into())
             }
         }
+    }
+}
+
+/// Whether this process looks into every directory.
+fn passes_over_permissions() -> bool {
+    let enough = CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH;
+    capabilities(None).is_ok_and(|own| own.effective.intersects(enough))
+}
+
+/// This thread looks at files, and at `/proc`, as another user, until this is dropped.
+struct Eyes;
+
+impl Eyes {
+    fn of(user: User) -> Self {
+        // Only the thread, and only for what it does with files. Whoever may not, goes on as before.
+        setfsgid(Gid::from_raw(user.gid));
+        setfsuid(Uid::from_raw(user.uid));
+        Self
+    }
+}
+
+impl Drop for Eyes {
+    fn drop(&mut self) {
+        // To its own it may always return.
+        setfsuid(geteuid());
+        setfsgid(getegid());
     }
 }
 

@@ -6,7 +6,7 @@
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat, fstat, openat, statat};
 use std::collections::{HashMap, HashSet};
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -15,11 +15,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// A block, as `stat` counts them, whatever the filesystem's own are.
 const BLOCK: u64 = 512;
 /// More entries than this are not counted one by one.
-pub(super) const MAX_ENTRIES: u64 = 2_000_000;
+pub(in crate::sandbox) const MAX_ENTRIES: u64 = 2_000_000;
 
 /// What a walk has found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Found {
+pub(in crate::sandbox) struct Found {
     /// Allocated bytes.
     pub(super) bytes: u64,
     /// Files and directories.
@@ -27,7 +27,7 @@ pub(super) struct Found {
     /// Directories that could not be looked into.
     pub(super) unreadable: u64,
     /// Whether there was more than a walk looks at.
-    pub(super) cut: bool,
+    pub(in crate::sandbox) cut: bool,
 }
 
 /// Tells a file from all others.
@@ -44,8 +44,12 @@ struct Level {
     left: Vec<CString>,
 }
 
+/// Is shown what is found: the directory that it is in, its name, and what it was when it was looked at. Called before
+/// a directory is entered.
+type Visit<'a> = &'a mut dyn FnMut(&OwnedFd, &CStr, &Stat);
+
 /// Counts.
-pub(super) struct Walk<'a> {
+pub(in crate::sandbox) struct Walk<'a> {
     /// Only what this user owns, if there is one.
     owner: Option<u32>,
     stop: &'a AtomicBool,
@@ -54,16 +58,24 @@ pub(super) struct Walk<'a> {
     roots: HashMap<Id, bool>,
     /// Files with more than one name, of which each counts once.
     seen: HashSet<Id>,
+    visit: Option<Visit<'a>>,
     found: Found,
 }
 
 impl<'a> Walk<'a> {
     /// Ends early when `stop` is set.
-    pub(super) fn new(owner: Option<u32>, max_entries: u64, stop: &'a AtomicBool) -> Self {
-        Self { owner, stop, max_entries, roots: HashMap::new(), seen: HashSet::new(), found: Found::default() }
+    pub(in crate::sandbox) fn new(owner: Option<u32>, max_entries: u64, stop: &'a AtomicBool) -> Self {
+        let (roots, seen) = (HashMap::new(), HashSet::new());
+        Self { owner, stop, max_entries, roots, seen, visit: None, found: Found::default() }
     }
 
-    pub(super) fn found(&self) -> Found {
+    /// Shows it all to somebody who may change it.
+    pub(in crate::sandbox) fn visiting(mut self, visit: Visit<'a>) -> Self {
+        self.visit = Some(visit);
+        self
+    }
+
+    pub(in crate::sandbox) fn found(&self) -> Found {
         self.found
     }
 
@@ -71,7 +83,7 @@ impl<'a> Walk<'a> {
     ///
     /// # Errors
     /// One of these directories cannot be opened.
-    pub(super) fn trees(&mut self, roots: &[PathBuf]) -> io::Result<()> {
+    pub(in crate::sandbox) fn trees(&mut self, roots: &[PathBuf]) -> io::Result<()> {
         let mut opened = Vec::new();
         for path in roots {
             let named = |error: rustix::io::Errno| {
@@ -177,6 +189,9 @@ impl<'a> Walk<'a> {
                 directories.push(name.to_owned());
             } else if stat.st_nlink > 1 && !self.seen.insert(id(&stat)) {
                 continue;
+            }
+            if let Some(visit) = &mut self.visit {
+                visit(directory, name, &stat);
             }
             self.count(&stat);
         }

@@ -21,7 +21,7 @@ async fn start(bench: &Bench, script: &str, cwd: &Path) -> Process {
 async fn watch(bench: &Bench, directory: &Path, limit: u64, process: Option<&Process>) -> Disk {
     let roots = vec![directory.to_path_buf()];
     let process = process.map(Process::handle);
-    bench.sandbox.watch_disk(DiskSpec { roots, limit: Some(limit), owner: None, process }).await.unwrap()
+    bench.sandbox.watch_disk(DiskSpec { roots, limit: Some(limit), owner: None, process, user: None }).await.unwrap()
 }
 
 #[tokio::test]
@@ -99,7 +99,7 @@ async fn very_many_files_stop_nobody() {
 #[tokio::test]
 async fn a_directory_that_is_not_there_is_an_error() {
     let bench = Bench::new();
-    let spec = DiskSpec { roots: vec!["/does/not/exist".into()], limit: None, owner: None, process: None };
+    let spec = DiskSpec { roots: vec!["/does/not/exist".into()], limit: None, owner: None, process: None, user: None };
     let error = bench.sandbox.watch_disk(spec).await.unwrap_err();
     assert!(error.to_string().contains("/does/not/exist"), "{error}");
     bench.nothing_is_left().await;

@@ -84,6 +84,7 @@ pub(super) async fn record(scenario: &Scenario) -> Vec<Recorded> {
         directories,
         workdir: workspace.clone(),
         env,
+        user: None,
         confinement: None,
         limits: None,
         deadline: Duration::from_secs(60),

@@ -10,4 +10,5 @@ mod queue;
 mod sandboxed;
 mod secrets;
 mod streams;
+mod users;
 mod visible;

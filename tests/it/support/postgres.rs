@@ -11,6 +11,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::sync::mpsc::channel;
+use tokio::net::{TcpListener, UnixStream};
 
 const PREFIX: &str = "opencode-sidecar-test-";
 
@@ -28,6 +29,31 @@ pub(crate) async fn fresh_database() -> DatabaseOptions {
     connection.close().await.unwrap();
     let url = server.expose_secret().replace("/postgres?", &format!("/{name}?"));
     DatabaseOptions { url: SecretString::from(url), schema: "opencode_sidecar".to_owned(), max_connections: 4 }
+}
+
+/// A URL by which every user reaches the database of `options`: the server's socket is for its own and root only.
+pub(crate) async fn for_everybody(options: &DatabaseOptions, tasks: &Tasks) -> String {
+    let mut url = url::Url::parse(options.url.expose_secret()).unwrap();
+    let parameter = |name: &str| url.query_pairs().find(|(key, _)| key == name).map(|(_, value)| value.into_owned());
+    let port = parameter("port").unwrap_or_else(|| "5432".to_owned());
+    let socket = PathBuf::from(parameter("host").unwrap()).join(format!(".s.PGSQL.{port}"));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let connections = tasks.clone();
+    tasks.spawn("database relay", async move {
+        while let Ok((mut from, _)) = listener.accept().await {
+            let socket = socket.clone();
+            connections.spawn("database connection", async move {
+                if let Ok(mut to) = UnixStream::connect(socket).await {
+                    let _ = tokio::io::copy_bidirectional(&mut from, &mut to).await;
+                }
+            });
+        }
+    });
+    url.set_host(Some("127.0.0.1")).unwrap();
+    url.set_port(Some(address.port())).unwrap();
+    url.set_query(None);
+    url.into()
 }
 
 /// The shared server's URL; started by whoever asks first.

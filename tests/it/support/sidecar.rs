@@ -3,11 +3,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test's own helpers fail like the test")]
 
-use super::postgres::{fresh_database, sandbox};
+use super::postgres::{for_everybody, fresh_database, sandbox};
 use super::tls::{Front, front};
 use futures_util::StreamExt;
 use opencode_sidecar::opencode::launch::find_command;
-use opencode_sidecar::sandbox::{Exit, Process, Sandbox, Signal, Spec};
+use opencode_sidecar::sandbox::{Exit, Process, Sandbox, Signal, Spec, User};
 use opencode_sidecar::scripted::{Script, ScriptedModel};
 use opencode_sidecar::sse::Parser;
 use opencode_sidecar::store::DatabaseOptions;
@@ -17,6 +17,7 @@ use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tempfile::TempDir;
@@ -47,6 +48,19 @@ pub(crate) fn opencode() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     find_command(configured.as_deref(), std::env::var_os("PATH"), here).expect("run `make setup` first")
 }
+
+/// Whom a sidecar runs as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum As {
+    /// As the tests do.
+    Own,
+    /// As an ordinary user, as in a pod of the profile `restricted`.
+    Nobody,
+    /// As root with what the recommended pod leaves of its capabilities.
+    PodRoot,
+}
+
+pub(crate) const NOBODY: User = User { uid: 65_534, gid: 65_534 };
 
 pub(crate) struct Sidecar {
     process: Process,
@@ -90,6 +104,7 @@ impl World {
             (text("OPENCODE_API_KEY"), text(API_KEY)),
             (text("OPENCODE_API_ENDPOINT"), model.base_url()),
             (text("SESSION_PORT_RANGE"), port_range()),
+            (text("SESSION_UID_RANGE"), uid_range()),
             (text("MAX_CONCURRENT_TASKS"), text("2")),
             (text("LOG_LEVEL"), std::env::var("TEST_LOG").unwrap_or_else(|_| text("info"))),
         ]);
@@ -113,6 +128,40 @@ impl World {
         Sidecar::launch(self.environment(changes), adjust)
             .await
             .unwrap_or_else(|log| panic!("the sidecar did not start:\n{log}"))
+    }
+
+    /// The same, as somebody else. Needs root.
+    pub(crate) async fn start_as(&self, who: As, changes: &[(&str, &str)]) -> Sidecar {
+        let database = for_everybody(&self.database, &self.tasks).await;
+        if who == As::Nobody {
+            for place in [&self.workspace, &self.state] {
+                std::os::unix::fs::chown(place.path(), Some(NOBODY.uid), Some(NOBODY.gid)).unwrap();
+            }
+        }
+        let changes = [changes, &[("DATABASE_URL", &database)]].concat();
+        let adjust = |spec: &mut Spec| match who {
+            As::Own => {}
+            As::Nobody => spec.user = Some(NOBODY),
+            As::PodRoot => {
+                let left = "--bounding-set=-all,+setuid,+setgid,+chown,+kill";
+                let program = std::mem::replace(&mut spec.program, "setpriv".into());
+                let before = [left.into(), "--inh-caps=-all".into(), "--".into(), program.into()];
+                spec.args.splice(0..0, before);
+            }
+        };
+        self.start_by(&changes, adjust).await
+    }
+
+    /// The users that its sidecars' sessions may have.
+    pub(crate) fn uids(&self) -> RangeInclusive<u32> {
+        let (from, to) = self.env["SESSION_UID_RANGE"].split_once('-').unwrap();
+        from.parse().unwrap()..=to.parse().unwrap()
+    }
+
+    /// The directories that sessions have of their own now.
+    pub(crate) fn private_directories(&self) -> Vec<PathBuf> {
+        let Ok(entries) = std::fs::read_dir(self.state.path().join("sessions")) else { return Vec::new() };
+        entries.map(|entry| entry.unwrap().path()).collect()
     }
 
     /// Starts one that is expected to end by itself; gives how, and what it wrote.
@@ -160,6 +209,15 @@ fn port_range() -> String {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let first = 21_000 + (NEXT.fetch_add(1, Ordering::Relaxed) % 200) * 20;
     format!("{first}-{}", first + 19)
+}
+
+/// The same of the users that sessions run as.
+fn uid_range() -> String {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let block = (std::process::id() % 1000) * 1000 + NEXT.fetch_add(1, Ordering::Relaxed) % 1000;
+    let first = 1_000_000 + block * 100;
+    format!("{first}-{}", first + 99)
 }
 
 impl Sidecar {
