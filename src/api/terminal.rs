@@ -121,7 +121,9 @@ async fn serve(
             let (mut sink, _) = socket.split();
             let told = send(&mut sink, Message::text(told(&problem).to_string())).await;
             return match told {
-                Ok(()) => bid_farewell(&mut sink, (4000 + problem.code().status().as_u16(), "there is no terminal")).await,
+                Ok(()) => {
+                    bid_farewell(&mut sink, (4000 + problem.code().status().as_u16(), "there is no terminal")).await
+                }
                 Err(_) => Err(Broken),
             };
         }
@@ -323,7 +325,9 @@ mod tests {
     fn a_size_is_1_to_1000_and_the_field_is_named() {
         assert_eq!(size(None, None).unwrap(), TerminalSize { columns: 80, rows: 24 });
         assert_eq!(size(Some(1), Some(1000)).unwrap(), TerminalSize { columns: 1, rows: 1000 });
-        for (cols, rows, field) in [(0, 1, "cols"), (1001, 1, "cols"), (-1, 1, "cols"), (1, 0, "rows"), (1, 65537, "rows")] {
+        for (cols, rows, field) in
+            [(0, 1, "cols"), (1001, 1, "cols"), (-1, 1, "cols"), (1, 0, "rows"), (1, 65537, "rows")]
+        {
             let problem = size(Some(cols), Some(rows)).unwrap_err();
             assert_eq!(problem.document().details.unwrap().field, field, "{cols} {rows}");
         }

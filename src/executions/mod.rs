@@ -17,9 +17,9 @@ mod owner;
 mod queue;
 mod terminals;
 
+pub use crate::sessions::{MAX_TERMINALS, Terminal, TerminalSize};
 pub use admit::{Ceilings, FieldError};
 pub use conversations::{CreateError, CreateSession, NewSession, SessionState};
-pub use crate::sessions::{MAX_TERMINALS, Terminal, TerminalSize};
 pub use kept::Changes;
 pub use terminals::OpenTerminalError;
 

@@ -60,7 +60,7 @@ struct State {
     closed: bool,
     /// Whether something of one could not be ended.
     left: bool,
-    /// When somebody typed last, or closed one.
+    /// When somebody opened one last, typed or closed one.
     used_at: Option<Instant>,
 }
 
@@ -90,6 +90,7 @@ impl Terminals {
     /// [`TerminalError`]; nothing of it is left then.
     pub async fn open(&self, size: TerminalSize) -> Result<Terminal, TerminalError> {
         let place = Place::take(&self.inner)?;
+        self.inner.used();
         let (sender, opened) = oneshot::channel();
         self.inner.tasks.spawn("terminal", place.own(size, sender));
         // Only the end of the runtime takes the task away without an answer.
@@ -101,7 +102,7 @@ impl Terminals {
         self.inner.state.borrow().closed || self.inner.opencode.exited().now_or_never().is_some()
     }
 
-    /// When somebody typed last or closed one; `None` where nobody has.
+    /// When somebody opened one last, typed or closed one; `None` where nobody has.
     pub fn used_at(&self) -> Option<Instant> {
         self.inner.state.borrow().used_at
     }

@@ -153,7 +153,8 @@ mod tests {
 
     #[test]
     fn a_bare_name_is_looked_up_in_the_programs_own_path() {
-        let mut program = Program { path: "sh".into(), args: Vec::new(), env: Vec::new(), cwd: "/".into(), terminal: false };
+        let mut program =
+            Program { path: "sh".into(), args: Vec::new(), env: Vec::new(), cwd: "/".into(), terminal: false };
         assert_eq!(candidates(&program), ["/bin/sh", "/usr/bin/sh"].map(PathBuf::from));
         program.env = vec![("PATH".into(), "/a:/b c".into())];
         assert_eq!(candidates(&program), ["/a/sh", "/b c/sh"].map(PathBuf::from));
