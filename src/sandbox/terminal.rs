@@ -8,7 +8,6 @@ use rustix::pty::OpenptFlags;
 use rustix::termios::Winsize;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// How large a terminal is, in characters.
@@ -69,11 +68,18 @@ impl Terminal {
     /// # Errors
     /// The kernel's.
     pub async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.master.async_io(Interest::READABLE, |master| Ok(rustix::io::read(master, &mut *buffer)?)).await;
-        match read {
-            // Linux's word for a terminal whose other side nobody holds any more.
-            Err(error) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => Ok(0),
-            other => other,
+        loop {
+            let mut ready = self.master.readable().await?;
+            match rustix::io::read(self.master.get_ref(), &mut *buffer) {
+                // Linux's word for a terminal whose other side nobody holds any more.
+                Err(Errno::IO) => return Ok(0),
+                // Somebody took it up again, which tokio does not know of: its word for the end is for good, and it
+                // would never wait again.
+                Err(Errno::AGAIN) if ready.ready().is_read_closed() => return Ok(0),
+                Err(Errno::AGAIN) => ready.clear_ready(),
+                Err(Errno::INTR) => {}
+                read => return Ok(read?),
+            }
         }
     }
 
@@ -84,9 +90,16 @@ impl Terminal {
     /// The program is gone.
     pub async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
-            let write = |master: &OwnedFd| Ok(rustix::io::write(master, bytes)?);
-            let written = self.master.async_io(Interest::WRITABLE, write).await?;
-            bytes = &bytes[written..];
+            let mut ready = self.master.writable().await?;
+            // The kernel goes on to take what nobody will read, until it has no room.
+            if ready.ready().is_write_closed() {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            match rustix::io::write(self.master.get_ref(), bytes) {
+                Err(Errno::AGAIN) => ready.clear_ready(),
+                Err(Errno::INTR) => {}
+                written => bytes = &bytes[written?..],
+            }
         }
         Ok(())
     }
