@@ -71,6 +71,7 @@
 //! | what OpenCode is configured with | [`opencode::profile`] |
 //! | where an event becomes durable | `events::commit` |
 //! | how shell output gets here | [`sandbox::tap`], then [`sandbox::frames`] and `sessions::shell` |
+//! | how a person's shell runs in a session | `sessions::terminal`, and `api::terminal` for what it says to whom |
 //! | how processes are ended, and how that is known | `sandbox::process`, [`sandbox::jail`] |
 //! | what a session may not do | `sessions::confinement`, then [`sandbox::confine`] |
 //! | which routes there are | [`api::openapi`], and the handlers in [`api::tasks`] and [`api::stream`] |

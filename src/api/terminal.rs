@@ -258,10 +258,8 @@ async fn obey(terminal: &Terminal, frame: ClientFrame) -> Option<Value> {
 }
 
 async fn type_in(terminal: &Terminal, bytes: &[u8]) {
-    if terminal.write_all(bytes).await.is_err() {
-        // The shell is gone, which the other direction tells when everything was shown.
-        std::future::pending().await
-    }
+    // Where nobody is left to read it: the other direction tells, when everything was shown.
+    let _ = terminal.write_all(bytes).await;
 }
 
 /// From the shell to the client. The shell waits while the client does not take what there is.

@@ -141,15 +141,15 @@ async fn it_is_a_terminal_of_the_asked_size_with_job_control() {
         shell.sees("now 40 120").await;
 
         // Ctrl-C ends the program and not the shell; Ctrl-Z stops it, and it can be taken up again.
-        let sleep = format!("sleep 9876{}", 10 + sandbox.len());
-        shell.type_in(&format!("{sleep}\r")).await;
-        until("it sleeps", || runs(&sleep)).await;
+        let program = format!("sleep 9876{}", 10 + sandbox.len());
+        shell.type_in(&format!("{program}\r")).await;
+        until("it sleeps", || runs(&program)).await;
         shell.type_in("\u{1a}").await;
         shell.sees("Stopped").await;
         shell.send(json!({ "type": "input", "data": "fg\r" }).to_string()).await;
-        until("it has the terminal again", || in_foreground(&sleep)).await;
+        until("it has the terminal again", || in_foreground(&program)).await;
         shell.type_in("\u{3}").await;
-        until("it is interrupted", || !runs(&sleep)).await;
+        until("it is interrupted", || !runs(&program)).await;
         shell.type_in("echo \"<$?>\"\r").await;
         shell.sees("<130>").await;
 
