@@ -7,6 +7,7 @@ use crate::api::auth::Auth;
 use crate::api::openapi::{Edge, Routes, assemble};
 use crate::api::probes::{Checks, Probes, Readiness};
 use crate::api::sessions::SessionsApi;
+use crate::api::sockets::Sockets;
 use crate::api::stream::StreamApi;
 use crate::api::tasks::TasksApi;
 use crate::broker::{Broker, BrokerConfig, BrokerError};
@@ -353,15 +354,17 @@ impl App {
         });
         let edge = Edge { auth: auth.clone(), probes: Probes { metrics, readiness }, limits: Default::default() };
         let api = TasksApi { executions: executions.clone() };
+        let sockets = Sockets::new(auth.clone(), streams.clone());
         let sessions_api = SessionsApi {
             executions: executions.clone(),
-            auth: auth.clone(),
+            auth,
             shutdown: streams.clone(),
             open_streams: config.sessions_stream_unauthenticated,
+            sockets: sockets.clone(),
         };
         let routes = Routes {
             protected: crate::api::tasks::routes(api.clone()).merge(crate::api::sessions::routes(sessions_api.clone())),
-            streams: crate::api::stream::routes(StreamApi::new(api, auth, streams.clone()))
+            streams: crate::api::stream::routes(StreamApi { tasks: api, sockets })
                 .merge(crate::api::sessions::streams(sessions_api)),
         };
         let (router, _) = assemble(&edge, routes);

@@ -175,17 +175,6 @@ fn kernel(report: &mut Report, offers: Result<&Offers, &RunError>) {
             "the kernel has it, but a listener above this process takes it",
         );
     }
-    match (confined.has(Protection::Uid), offers.host.switches_users) {
-        (true, _) => report.add("uid", State::Ok, "each session has a user of its own"),
-        (false, true) => report.add(
-            "uid",
-            State::Missing,
-            "this process may start programs as other users, but this version gives sessions none of their own",
-        ),
-        (false, false) => {
-            report.add("uid", State::Missing, "this process may not start programs as other users (SETUID, SETGID)");
-        }
-    }
     let can = if offers.host.network_namespace { "one could be made here" } else { "none could be made here either" };
     report.add("netns", State::Missing, format!("this version gives sessions no network namespace; {can}"));
 }
@@ -254,7 +243,23 @@ async fn required(report: &mut Report, config: &Config, sandbox: &Sandbox) {
         Some(bytes) => report.add("disk", State::Ok, format!("counted; a session may add {bytes} bytes")),
         None => report.add("disk", State::Missing, "not limited: SESSION_DISK_BYTES is not set"),
     }
-    let protections = Protections::of(config, sandbox).await;
+    let here = std::env::current_dir().unwrap_or_default();
+    // Where it is not there, that is a finding of its own.
+    let command = find_command(config.opencode_command.as_deref(), std::env::var_os("PATH"), &here);
+    let protections = Protections::of(config, sandbox, &command.unwrap_or_else(|_| "/".into())).await;
+    match (&protections.users, config.sandbox) {
+        (Some(users), _) => {
+            let range = format!("{}-{}", users.start(), users.end());
+            report.add("uid", State::Ok, format!("each session has a user of its own, of {range} (SESSION_UID_RANGE)"));
+        }
+        (None, SandboxMode::Off) => {
+            report.add("uid", State::Missing, "SANDBOX=off: sessions run as the sidecar's user")
+        }
+        (None, _) => {
+            let why = protections.no_users.as_deref().unwrap_or("it is not known why");
+            report.add("uid", State::Missing, format!("sessions run as the sidecar's own user: {why}"));
+        }
+    }
     let list = config.sandbox_require.join(", ");
     match (&protections.refused, config.sandbox) {
         (Some(refused), _) => report.add("SANDBOX_REQUIRE", State::Failed, refused.clone()),

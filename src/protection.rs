@@ -19,6 +19,8 @@ pub struct Protections {
     pub names: Vec<String>,
     /// The users that sessions run as, each one its own; `None`: as the sidecar's.
     pub users: Option<RangeInclusive<u32>>,
+    /// Why they cannot have users of their own, for people.
+    pub no_users: Option<String>,
     /// What the jail of each session has to have done, or it does not start.
     pub require: BTreeSet<Protection>,
     /// What is required and not to be had.
@@ -49,6 +51,7 @@ impl Protections {
             return Self {
                 names,
                 users: None,
+                no_users: None,
                 require,
                 missing,
                 refused: None,
@@ -63,7 +66,10 @@ impl Protections {
                 BTreeSet::new()
             }
         };
-        let users = users(config, sandbox, command).await;
+        let (users, no_users) = match users(config, sandbox, command).await {
+            Ok(users) => (Some(users), None),
+            Err(why) => (None, Some(why)),
+        };
         if users.is_some() {
             offered.insert(Protection::Uid);
         }
@@ -96,11 +102,11 @@ impl Protections {
                 );
                 tracing::error!("{refused}");
                 let require = require.collect();
-                Self { names, users, require, missing, refused: Some(refused), unheld: None, unheld_cpu }
+                Self { names, users, no_users, require, missing, refused: Some(refused), unheld: None, unheld_cpu }
             }
             (SandboxMode::Required, true) => {
                 let require = require.collect();
-                Self { names, users, require, missing, refused: None, unheld: None, unheld_cpu }
+                Self { names, users, no_users, require, missing, refused: None, unheld: None, unheld_cpu }
             }
             (_, complete) => {
                 if !complete {
@@ -110,7 +116,7 @@ impl Protections {
                     );
                 }
                 let require = BTreeSet::new();
-                Self { names, users, require, missing, refused: None, unheld: None, unheld_cpu }
+                Self { names, users, no_users, require, missing, refused: None, unheld: None, unheld_cpu }
             }
         }
     }
@@ -130,26 +136,25 @@ impl Protections {
 }
 
 /// The users that sessions can have, which takes that this process may give them, and that they reach what they need.
-async fn users(config: &Config, sandbox: &Sandbox, command: &Path) -> Option<RangeInclusive<u32>> {
+/// Otherwise why not, for people.
+async fn users(config: &Config, sandbox: &Sandbox, command: &Path) -> Result<RangeInclusive<u32>, String> {
     let range = config.session_uid_range.clone();
-    let places = [
-        (Reach::Work, config.workspace_dir.as_path()),
-        (Reach::Pass, config.state_dir.as_path()),
-        (Reach::Pass, command),
-    ];
-    let gid = std::fs::metadata(&config.workspace_dir).map(|metadata| metadata.gid()).ok()?;
+    // It is made at the start, so that before the first one what it will be made in counts.
+    let state = config.state_dir.ancestors().find(|path| path.exists()).unwrap_or(&config.state_dir);
+    let places = [(Reach::Work, config.workspace_dir.as_path()), (Reach::Pass, state), (Reach::Pass, command)];
+    let gid = std::fs::metadata(&config.workspace_dir).map_err(|error| format!("WORKSPACE_DIR: {error}"))?.gid();
     let (first, last) = (User { uid: *range.start(), gid }, User { uid: *range.end(), gid });
     match tokio::try_join!(sandbox.try_user(first, &places), sandbox.try_user(last, &places)) {
-        Ok(_) => Some(range),
+        Ok(_) => Ok(range),
         // As for every ordinary user.
         Err(why @ NoUser::Capability(_)) => {
             tracing::info!(%why, "sessions run as the sidecar's own user");
-            None
+            Err(why.to_string())
         }
         Err(error) => {
-            let error: &dyn std::error::Error = &error;
-            tracing::warn!(error, "sessions run as the sidecar's own user, although it may choose others");
-            None
+            let cause: &dyn std::error::Error = &error;
+            tracing::warn!(error = cause, "sessions run as the sidecar's own user, although it may choose others");
+            Err(error.to_string())
         }
     }
 }

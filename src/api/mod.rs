@@ -1,7 +1,7 @@
 //! The HTTP edge: the only part that knows status codes.
 //!
 //! [`server`] takes connections, [`layers`] wraps every request, [`auth`] lets in, [`extract`] reads what came,
-//! [`problem`] says what is wrong, [`openapi`] joins routes and document, `docs` and `pages` are for people to read.
+//! [`problem`] says what is wrong, [`sockets`] is common to WebSockets, [`openapi`] joins routes and document, `docs` and `pages` are for people to read.
 //! Handlers turn requests into calls of the
 //! services and results into answers; they hold no logic of the domain, no SQL and no processes.
 
@@ -20,9 +20,11 @@ pub mod server;
 mod session_frames;
 mod session_stream;
 pub mod sessions;
+pub mod sockets;
 mod stall;
 pub mod stream;
 pub mod tasks;
+mod terminal;
 
 pub use extract::{ApiJson, ApiPath, ApiQuery, ApiResult, OptionalApiJson};
 pub use problem::{Code, Problem};

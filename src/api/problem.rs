@@ -69,12 +69,16 @@ codes! {
     IdempotencyMismatch = "idempotency_mismatch", CONFLICT, "The idempotency key was used for another request";
     /// The body is larger than the limit.
     BodyTooLarge = "body_too_large", PAYLOAD_TOO_LARGE, "The body is too large";
+    /// There is a WebSocket here and nothing else.
+    UpgradeRequired = "upgrade_required", UPGRADE_REQUIRED, "A WebSocket is required";
     /// The body's media type or encoding is not accepted.
     UnsupportedMediaType = "unsupported_media_type", UNSUPPORTED_MEDIA_TYPE, "The media type is not supported";
     /// The headers are larger or more than the limit.
     HeaderTooLarge = "header_too_large", REQUEST_HEADER_FIELDS_TOO_LARGE, "The headers are too large";
     /// As many tasks wait as may.
     QueueFull = "queue_full", TOO_MANY_REQUESTS, "The queue is full";
+    /// As many terminals of the session are open as may.
+    TooManyTerminals = "too_many_terminals", TOO_MANY_REQUESTS, "Too many terminals";
     /// Something failed inside; the log says what.
     Internal = "internal", INTERNAL_SERVER_ERROR, "Internal error";
     /// The model or OpenCode failed.
@@ -89,7 +93,7 @@ impl Code {
     /// Seconds for `Retry-After` where the problem names none; `None` for codes that carry no such header.
     fn default_retry_after(self) -> Option<u64> {
         match self {
-            Self::QueueFull => Some(5),
+            Self::QueueFull | Self::TooManyTerminals => Some(5),
             Self::ShuttingDown => Some(10),
             Self::Unavailable => Some(5),
             _ => None,
@@ -225,6 +229,9 @@ impl IntoResponse for Problem {
         if let Some(seconds) = self.retry_after.or(self.code.default_retry_after()) {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
+        if self.code.status() == StatusCode::UPGRADE_REQUIRED {
+            headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+        }
         if let Some(allow) = self.allow {
             insert(headers, header::ALLOW, &allow);
         }
@@ -290,6 +297,7 @@ mod tests {
             let has = |name| response.headers().contains_key(name);
             let status = code.status().as_u16();
             assert_eq!(has(header::WWW_AUTHENTICATE), status == 401, "{code:?}");
+            assert_eq!(has(header::UPGRADE), status == 426, "{code:?}");
             assert_eq!(has(header::RETRY_AFTER), status == 429 || status == 503, "{code:?}");
         }
         let response = Problem::new(Code::QueueFull, "x").retry_after(7).into_response();

@@ -4,8 +4,9 @@ use crate::api::auth::Auth;
 use crate::api::documents::Accepted;
 use crate::api::extract::parse_json;
 use crate::api::problem::{Code, Problem};
+use crate::api::sockets::Sockets;
 use crate::api::tasks::{limit_of, submit_problem, unavailable};
-use crate::api::{ApiJson, ApiQuery, session_stream};
+use crate::api::{ApiJson, ApiQuery, session_stream, terminal};
 use crate::executions::{CreateError, CreateSession, Executions, SessionState};
 use crate::model::request::ModelConfig;
 use crate::model::{ExecutionId, Reason, SessionId, Status, millis};
@@ -40,6 +41,7 @@ pub struct SessionsApi {
     pub shutdown: CancellationToken,
     /// `SESSIONS_STREAM_UNAUTHENTICATED`
     pub open_streams: bool,
+    pub sockets: Sockets,
 }
 
 /// The session routes without the streams.
@@ -61,12 +63,18 @@ pub fn routes(api: SessionsApi) -> OpenApiRouter {
     aliased(router, &aliases).with_state(api)
 }
 
-/// The streams of sessions.
+/// The streams and terminals of sessions.
 pub fn streams(api: SessionsApi) -> OpenApiRouter {
     let router = OpenApiRouter::new()
         .routes(routes!(session_stream::stream))
-        .route("/session/{session_id}/events", get(session_stream::proxied));
-    aliased(router, &[("/sessions/{session_id}/stream", "/session/{session_id}/events")]).with_state(api)
+        .routes(routes!(terminal::terminal))
+        .route("/session/{session_id}/events", get(session_stream::proxied))
+        .route("/session/{session_id}/pty/connect", get(terminal::terminal));
+    let aliases = [
+        ("/sessions/{session_id}/stream", "/session/{session_id}/events"),
+        ("/sessions/{session_id}/terminal", "/session/{session_id}/pty/connect"),
+    ];
+    aliased(router, &aliases).with_state(api)
 }
 
 /// Documents routes under their second names.
@@ -91,7 +99,7 @@ pub(crate) fn parse_id(id: &str) -> Result<SessionId, Problem> {
     }
 }
 
-fn not_found() -> Problem {
+pub(crate) fn not_found() -> Problem {
     Problem::new(Code::NotFound, "There is no session with this id in this project.")
 }
 

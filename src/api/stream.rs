@@ -3,10 +3,11 @@
 //! Both are a `Cursor` over the log and differ in their frames only. The route judges the credential itself, since
 //! a browser's WebSocket can send it as its first frame.
 
-use crate::api::auth::{Auth, Presented, STREAM_PROTOCOL, peer};
+use crate::api::auth::{Presented, STREAM_PROTOCOL, peer};
 use crate::api::cursor::{Cursor, Next};
 use crate::api::problem::Problem;
 use crate::api::server::ConnectionSlot;
+use crate::api::sockets::{Broken, Closing, PING, STUCK, Sockets, close};
 use crate::api::tasks::{TasksApi, find, parse_id};
 use axum::body::{Body, Bytes};
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
@@ -16,47 +17,17 @@ use axum::response::{IntoResponse, Response};
 use futures_util::SinkExt;
 use serde::Deserialize;
 use serde_json::json;
-use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-/// How often a quiet connection is told that it lives.
-const PING: Duration = Duration::from_secs(15);
-/// How long a reader may take nothing.
-const STUCK: Duration = Duration::from_secs(60);
-/// How long a socket without a credential may wait with its first frame, and how many of them may.
-const FIRST_FRAME: Duration = Duration::from_secs(10);
-const UNKNOWN_SOCKETS: usize = 32;
 /// The longest message that a client may send, in bytes.
 const MAX_MESSAGE: usize = 64 * 1024;
-
-/// WebSocket close codes (CONTRACT "WebSocket").
-mod close {
-    pub(super) const DONE: u16 = 1000;
-    pub(super) const INTERNAL: u16 = 1011;
-    pub(super) const RESTART: u16 = 1012;
-    pub(super) const BAD_FRAME: u16 = 4400;
-    pub(super) const UNAUTHORIZED: u16 = 4401;
-    pub(super) const NOT_FOUND: u16 = 4404;
-    pub(super) const STUCK: u16 = 4408;
-}
 
 /// What streams need beside the service.
 #[derive(Clone, Debug)]
 pub struct StreamApi {
     pub tasks: TasksApi,
-    pub auth: Auth,
-    /// Told when the sidecar shuts down: streams end then.
-    pub shutdown: CancellationToken,
-    unknown: Arc<Semaphore>,
-}
-
-impl StreamApi {
-    /// For the routes of [`routes`].
-    pub fn new(tasks: TasksApi, auth: Auth, shutdown: CancellationToken) -> Self {
-        Self { tasks, auth, shutdown, unknown: Arc::new(Semaphore::new(UNKNOWN_SOCKETS)) }
-    }
+    pub sockets: Sockets,
 }
 
 /// The streaming routes.
@@ -89,9 +60,9 @@ struct StreamQuery {
 async fn stream(State(api): State<StreamApi>, Path(id): Path<String>, request: Request) -> Result<Response, Problem> {
     let (mut parts, _) = request.into_parts();
     let upgrade = WebSocketUpgrade::from_request_parts(&mut parts, &()).await.ok();
-    let presented = api.auth.presented(&parts.headers, peer(&parts.extensions));
+    let presented = api.sockets.auth.presented(&parts.headers, peer(&parts.extensions));
     if upgrade.is_none() && presented != Presented::Valid {
-        return Err(api.auth.refusal());
+        return Err(api.sockets.auth.refusal());
     }
     let crate::api::ApiQuery(query) = crate::api::ApiQuery::<StreamQuery>::from_request_parts(&mut parts, &()).await?;
     let id = parse_id(&id)?;
@@ -110,7 +81,7 @@ async fn stream(State(api): State<StreamApi>, Path(id): Path<String>, request: R
         let view = find(&api.tasks, id).await?;
         let mut cursor = Cursor::new(api.tasks.executions.clone(), id, after);
         let reset = cursor.reset_if_beyond(view.last_seq);
-        return Ok(server_sent_events(cursor, reset.then_some(view.last_seq), api.shutdown.clone()));
+        return Ok(server_sent_events(cursor, reset.then_some(view.last_seq), api.sockets.shutdown.clone()));
     };
     let slot = parts.extensions.get::<ConnectionSlot>().cloned();
     let upgrade = upgrade.protocols([STREAM_PROTOCOL]).max_message_size(MAX_MESSAGE).max_frame_size(MAX_MESSAGE);
@@ -168,11 +139,6 @@ fn server_sent_events(mut cursor: Cursor, reset: Option<u64>, shutdown: Cancella
     (headers, [("x-accel-buffering", "no")], Body::from_stream(body)).into_response()
 }
 
-/// The connection is gone.
-struct Broken;
-
-type Closing = (u16, &'static str);
-
 struct Socket {
     socket: WebSocket,
 }
@@ -180,8 +146,6 @@ struct Socket {
 #[derive(Deserialize)]
 struct ClientFrame {
     r#type: String,
-    #[serde(default)]
-    token: Option<String>,
     #[serde(default)]
     reason: Option<String>,
 }
@@ -194,12 +158,7 @@ impl Socket {
         id: crate::model::ExecutionId,
         after: u64,
     ) -> Result<Closing, Broken> {
-        let allowed = match presented {
-            Presented::Valid => true,
-            Presented::Invalid => false,
-            Presented::None => self.first_frame_is_good(api).await?,
-        };
-        if !allowed {
+        if !api.sockets.admit(&mut self.socket, presented).await? {
             return Ok((close::UNAUTHORIZED, "a valid credential is required"));
         }
         let view = match api.tasks.executions.view(id).await {
@@ -252,32 +211,9 @@ impl Socket {
                         Err(_) => return Ok((close::STUCK, "nothing was taken for 60 s")),
                     }
                 }
-                () = api.shutdown.cancelled() => return Ok((close::RESTART, "the sidecar restarts")),
+                () = api.sockets.shutdown.cancelled() => return Ok((close::RESTART, "the sidecar restarts")),
             }
         }
-    }
-
-    async fn first_frame_is_good(&mut self, api: &StreamApi) -> Result<bool, Broken> {
-        let Ok(_place) = Arc::clone(&api.unknown).try_acquire_owned() else { return Ok(false) };
-        let frame = async {
-            loop {
-                match self.socket.recv().await {
-                    Some(Ok(Message::Text(text))) => return Ok(serde_json::from_str::<ClientFrame>(&text).ok()),
-                    Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
-                    Some(Ok(_)) => return Ok(None),
-                    Some(Err(_)) | None => return Err(Broken),
-                }
-            }
-        };
-        let waited = tokio::select! {
-            waited = tokio::time::timeout(FIRST_FRAME, frame) => waited,
-            () = api.shutdown.cancelled() => return Ok(false),
-        };
-        let frame = match waited {
-            Ok(frame) => frame?,
-            Err(_) => None,
-        };
-        Ok(frame.is_some_and(|f| f.r#type == "auth" && f.token.is_some_and(|token| api.auth.check(&token))))
     }
 
     async fn command(

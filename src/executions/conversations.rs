@@ -217,7 +217,7 @@ impl Executions {
         if self.shared.store.session(&self.shared.settings.project, id).await?.is_some() {
             return Err(CreateError::Exists);
         }
-        self.shared.lock_admission().start_now(id).map_err(|queue::Full| CreateError::Full)?;
+        self.shared.lock_admission().start_now(Some(id)).map_err(|queue::Full| CreateError::Full)?;
         let made = self.make_with_slot(plan, gone).await;
         // With a prompt the execution gives the slot back.
         if !matches!(made, Ok((_, true))) {

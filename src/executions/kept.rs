@@ -11,7 +11,7 @@
 use super::Shared;
 use crate::events::Head;
 use crate::model::{ExecutionId, ExecutionRecord, SessionId, SessionRecord, Status};
-use crate::sessions::{Ended, Parked, Session, SessionError, Wanted};
+use crate::sessions::{Ended, Parked, Session, SessionError, Terminals, Wanted};
 use chrono::{DateTime, Utc};
 use secrecy::SecretString;
 use std::num::NonZeroU32;
@@ -50,6 +50,8 @@ struct State {
     latest: Option<Arc<ExecutionRecord>>,
     ended_at: Option<DateTime<Utc>>,
     process: Process,
+    /// Those of its latest process.
+    terminals: Terminals,
 }
 
 #[derive(Debug)]
@@ -76,6 +78,7 @@ impl Kept {
         mut session: Session,
     ) -> Self {
         session.rest();
+        let terminals = session.terminals();
         Self {
             record,
             api_key,
@@ -88,6 +91,7 @@ impl Kept {
                 latest: None,
                 ended_at: None,
                 process: Process::Resting { session: Box::new(session), since: Instant::now() },
+                terminals,
             }),
         }
     }
@@ -166,11 +170,13 @@ impl Kept {
         if ended { Status::Cancelled } else { Status::Pending }
     }
 
-    /// Since when its process rests, where it does and nothing waits for it.
+    /// Since when its process rests and nobody types in it, where it does and nothing waits for it.
     pub(super) fn resting_since(&self) -> Option<Instant> {
         let state = self.lock();
         match &state.process {
-            Process::Resting { since, .. } if state.unfinished.is_empty() => Some(*since),
+            Process::Resting { since, .. } if state.unfinished.is_empty() => {
+                Some(state.terminals.used_at().map_or(*since, |used_at| used_at.max(*since)))
+            }
             _ => None,
         }
     }
@@ -190,6 +196,11 @@ impl Kept {
     /// it stays as it was.
     pub(super) async fn take(&self, shared: &Shared, wanted: Wanted) -> Result<(Session, bool), SessionError> {
         let _moving = self.moving.lock().await;
+        self.take_out(shared, wanted).await
+    }
+
+    /// The same for whoever moves it already.
+    async fn take_out(&self, shared: &Shared, wanted: Wanted) -> Result<(Session, bool), SessionError> {
         let process = std::mem::replace(&mut self.lock().process, Process::Away);
         let parked = match process {
             Process::Resting { mut session, .. } if session.is_alive() => {
@@ -204,11 +215,44 @@ impl Kept {
             // One execution at a time has it: so it is gone with the session's end.
             Process::Away => return Err(SessionError::HasEnded),
         };
-        let started = shared.sessions.acquire(wanted, Some(&parked)).await;
-        if started.is_err() {
-            self.lock().process = Process::Parked(parked);
+        match shared.sessions.acquire(wanted, Some(&parked)).await {
+            Ok(session) => {
+                self.lock().terminals = session.terminals();
+                Ok((session, false))
+            }
+            Err(error) => {
+                self.lock().process = Process::Parked(parked);
+                Err(error)
+            }
         }
-        started.map(|session| (session, false))
+    }
+
+    /// The terminals of its process, where that lives.
+    fn open_terminals(&self) -> Option<Terminals> {
+        let state = self.lock();
+        (state.ended_at.is_none() && !state.terminals.are_closed()).then(|| state.terminals.clone())
+    }
+
+    /// The terminals of its process, which may be one that is just being started; `None` where it has none.
+    pub(super) async fn terminals(&self) -> Option<Terminals> {
+        let _moving = self.moving.lock().await;
+        self.open_terminals()
+    }
+
+    /// The same, and where it was parked its process is started again, and rests. Not to be dropped half-way.
+    pub(super) async fn awaken(&self, shared: &Shared, wanted: Wanted) -> Result<Terminals, SessionError> {
+        let _moving = self.moving.lock().await;
+        if let Some(terminals) = self.open_terminals() {
+            return Ok(terminals);
+        }
+        if self.ended_at().is_some() {
+            return Err(SessionError::HasEnded);
+        }
+        let (mut session, _) = self.take_out(shared, wanted).await?;
+        session.rest();
+        let terminals = session.terminals();
+        self.lock().process = Process::Resting { session: Box::new(session), since: Instant::now() };
+        Ok(terminals)
     }
 
     /// The process comes back from an execution. It rests where OpenCode can take another prompt (`settled`), else it is

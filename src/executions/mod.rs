@@ -4,6 +4,7 @@
 //! - `queue`: who runs and who waits, pure.
 //! - `conversations`: sessions that callers make: made, prompted, ended, listed.
 //! - `kept`: one of them: its executions and what becomes of its process.
+//! - `terminals`: shells in such sessions.
 //! - `owner`: the life of one execution, from its turn to its last event.
 //!
 //! Statuses are decided by `model::execution` alone; this module carries out what it says.
@@ -14,10 +15,13 @@ mod kept;
 mod models;
 mod owner;
 mod queue;
+mod terminals;
 
+pub use crate::sessions::{MAX_TERMINALS, Terminal, TerminalSize};
 pub use admit::{Ceilings, FieldError};
 pub use conversations::{CreateError, CreateSession, NewSession, SessionState};
 pub use kept::Changes;
+pub use terminals::OpenTerminalError;
 
 use crate::events::{Events, Head};
 use crate::model::event::NewEvent;

@@ -73,16 +73,16 @@ impl<T> Admission<T> {
         Some((next.id, next.item))
     }
 
-    /// Takes a slot for a session at once, past nobody who waits.
+    /// Takes a slot at once, past nobody who waits; for a session, where it is to run an execution on it.
     ///
     /// # Errors
     /// [`Full`] where it would have to wait.
-    pub(super) fn start_now(&mut self, session: SessionId) -> Result<(), Full> {
+    pub(super) fn start_now(&mut self, session: Option<SessionId>) -> Result<(), Full> {
         if self.queue.len() + self.reserved + self.running >= self.max_running {
             return Err(Full);
         }
         self.running += 1;
-        self.busy.insert(session);
+        self.busy.extend(session);
         Ok(())
     }
 
@@ -167,11 +167,11 @@ mod tests {
         assert_eq!(started, [ids[0], ids[2], ids[3]]);
         queue.finished(None);
         assert!(queue.start_next().is_none(), "the session is busy");
-        assert_eq!(queue.start_now(SessionId::new()), Err(Full), "somebody waits");
+        assert_eq!(queue.start_now(Some(SessionId::new())), Err(Full), "somebody waits");
         queue.finished(Some(one));
         assert_eq!(queue.start_next().unwrap().0, ids[1]);
-        queue.start_now(SessionId::new()).unwrap();
-        assert_eq!(queue.start_now(SessionId::new()), Err(Full));
+        queue.start_now(Some(SessionId::new())).unwrap();
+        assert_eq!(queue.start_now(Some(SessionId::new())), Err(Full));
     }
 
     #[test]

@@ -99,12 +99,26 @@ pub struct Server {
     /// Those of the servers that the agent starts.
     _local: Vec<Port>,
     lines: Lines,
+    /// As it was started, but for its arguments and its environment, which has secrets.
+    spec: Spec,
 }
 
 impl Server {
     /// The last lines that it wrote, for an error's sake.
     pub fn last_lines(&self) -> String {
         self.lines.text()
+    }
+
+    /// Another program as this one: the same user, directory, confinement and limits, in its group. Its environment is
+    /// empty.
+    pub fn companion(&self, name: &str, program: &Path) -> Spec {
+        let mut spec = Spec { name: name.to_owned(), program: program.to_path_buf(), ..self.spec.clone() };
+        if let Some(confinement) = &mut spec.confinement {
+            // The server's own port is the server's.
+            confinement.network.serve.clear();
+        }
+        spec.beside = Some(self.process.handle());
+        spec
     }
 }
 
@@ -154,25 +168,27 @@ async fn launch_once(sandbox: &Sandbox, tasks: &Tasks, ports: &Ports, launch: &L
         confinement.network.serve.push(port.number);
         confinement.network.local.extend(local.iter().map(Port::number));
     }
+    let spec = Spec {
+        name: "opencode".to_owned(),
+        program: launch.command.clone(),
+        args: Vec::new(),
+        env: Vec::new(),
+        cwd: launch.workdir.clone(),
+        user: launch.user,
+        stop_signal: Signal::Term,
+        stop_grace: Duration::ZERO,
+        // When memory runs out, the kernel is to take the agent and not the sidecar.
+        oom_score_adj: Some(1000),
+        // The workspace is shared by its group (see `workspace`); what is the session's own has modes of its own.
+        umask: Some(0o002),
+        confinement,
+        limits: launch.limits,
+        beside: None,
+        terminal: None,
+    };
     let args = ["serve", "--port", &port.number.to_string(), "--hostname", "127.0.0.1", "--print-logs"];
-    let mut process = sandbox
-        .start(Spec {
-            name: "opencode".to_owned(),
-            program: launch.command.clone(),
-            args: args.iter().map(OsString::from).collect(),
-            env: launch.env.clone(),
-            cwd: launch.workdir.clone(),
-            user: launch.user,
-            stop_signal: Signal::Term,
-            stop_grace: Duration::ZERO,
-            // When memory runs out, the kernel is to take the agent and not the sidecar.
-            oom_score_adj: Some(1000),
-            // The workspace is shared by its group (see `workspace`); what is the session's own has modes of its own.
-            umask: Some(0o002),
-            confinement,
-            limits: launch.limits,
-        })
-        .await?;
+    let args = args.iter().map(OsString::from).collect();
+    let mut process = sandbox.start(Spec { args, env: launch.env.clone(), ..spec.clone() }).await?;
     let lines = Lines::default();
     let (listening, mut heard) = watch::channel(None::<u16>);
     if let Some(stdout) = process.take_stdout() {
@@ -196,7 +212,9 @@ async fn launch_once(sandbox: &Sandbox, tasks: &Tasks, ports: &Ports, launch: &L
         }
     };
     let error = match tokio::time::timeout(launch.deadline, wait).await {
-        Ok(Ok(Some(said))) if said == port.number => return Ok(Server { process, port, _local: local, lines }),
+        Ok(Ok(Some(said))) if said == port.number => {
+            return Ok(Server { process, port, _local: local, lines, spec });
+        }
         Ok(Ok(said)) => LaunchError::Ended {
             how: format!("it listens on port {} and not on {}", said.unwrap_or(0), port.number),
             lines: lines.text(),

@@ -223,13 +223,10 @@ impl Directories {
     }
 }
 
-/// The whole environment of the process: nothing of the sidecar's own is handed down but `PATH`, language and zone.
-pub fn environment(
+/// What is in the environment of everything that a session runs, without a secret: nothing of the sidecar's own is handed
+/// down but `PATH`, language and zone.
+pub fn common_environment(
     dirs: &Directories,
-    config: &Value,
-    password: &str,
-    shell_url: &str,
-    token: &str,
     inherited: impl Fn(&str) -> Option<OsString>,
 ) -> Vec<(OsString, OsString)> {
     let mut env: Vec<(OsString, OsString)> = Vec::new();
@@ -245,6 +242,20 @@ pub fn environment(
     for (name, dir) in [("DATA", "data"), ("CONFIG", "config"), ("CACHE", "cache"), ("STATE", "state")] {
         set(&format!("XDG_{name}_HOME"), dirs.path(dir).into());
     }
+    env
+}
+
+/// The whole environment of the process: what is common, and what makes it this session's OpenCode.
+pub fn environment(
+    dirs: &Directories,
+    config: &Value,
+    password: &str,
+    shell_url: &str,
+    token: &str,
+    inherited: impl Fn(&str) -> Option<OsString>,
+) -> Vec<(OsString, OsString)> {
+    let mut env = common_environment(dirs, inherited);
+    let mut set = |name: &str, value: OsString| env.push((name.into(), value));
     set("OPENCODE_SERVER_PASSWORD", password.into());
     set("OPENCODE_CONFIG_CONTENT", config.to_string().into());
     set("OPENCODE_CLIENT", "opencode-sidecar".into());
@@ -348,8 +359,10 @@ mod tests {
     #[test]
     fn the_environment_is_made_and_not_inherited() {
         let dirs = Directories::new("/state/s1".into());
-        let env =
-            environment(&dirs, &json!({}), "pw", "http://b/shell", "tok", |name| Some(format!("host-{name}").into()));
+        let inherited = |name: &str| Some(format!("host-{name}").into());
+        let common = common_environment(&dirs, inherited);
+        assert!(common.iter().all(|(name, _)| !name.to_string_lossy().starts_with("OPENCODE")), "{common:?}");
+        let env = environment(&dirs, &json!({}), "pw", "http://b/shell", "tok", inherited);
         let names: Vec<_> = env.iter().map(|(n, _)| n.to_str().unwrap()).collect();
         for name in ["OPENCODE_API_KEY", "DATABASE_URL", "OPENCODE_SHARED_SECRET", "HTTP_PROXY"] {
             assert!(!names.contains(&name), "{name}");

@@ -10,7 +10,7 @@ use super::cgroup;
 use super::confine::{self, Confined, Gate};
 use super::protocol::{self, Command, Policy, Report};
 use super::watch::{Io, Watcher, reaped_cpu_seconds};
-use super::{Exit, Signal, tree};
+use super::{Exit, Signal, terminal, tree};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::libc;
@@ -55,7 +55,7 @@ pub fn run() -> ExitCode {
             let watcher = policy.watch.map(|watch| Watcher::new(watch, io_before));
             let mut jail = Jail { main, exit: None, control, children, gate, watcher, io_before };
             jail.supervise(&policy);
-            jail.end_everything(policy.group.as_ref());
+            jail.end_everything(policy.group.as_ref().filter(|_| !policy.beside));
             ExitCode::SUCCESS
         }
         Err(failed) => {
@@ -152,6 +152,7 @@ fn execute(policy: &Policy) -> Result<(Pid, Option<Confined>, Option<Gate>), Fai
         args: policy.args().collect(),
         env: policy.env().collect(),
         cwd: policy.cwd(),
+        terminal: policy.terminal,
     };
     let doors = step("cgroup", policy.group.as_ref().map_or(Ok(Vec::new()), cgroup::Layout::doors))?;
     let (pid, confined, listener) = confine::start(confinement, policy.uid_gid, &program, doors)?;
@@ -167,7 +168,13 @@ fn execute_free(policy: &Policy) -> Result<Pid, Failed> {
     let program = policy.program();
     let mut command = std::process::Command::new(&program);
     command.args(policy.args()).env_clear().envs(policy.env()).current_dir(policy.cwd());
-    command.stdin(Stdio::null()).stdout(Stdio::inherit()).stderr(Stdio::inherit()).process_group(0);
+    command.stdin(Stdio::null()).stdout(Stdio::inherit()).stderr(Stdio::inherit());
+    if policy.terminal {
+        command.stdin(step("terminal", io::stdout().as_fd().try_clone_to_owned())?);
+        take_terminal(&mut command);
+    } else {
+        command.process_group(0);
+    }
     // Before it becomes another user, while it still may.
     let group = step("cgroup", join_group(&mut command, policy))?;
     if let Some((uid, gid)) = policy.uid_gid {
@@ -219,6 +226,14 @@ fn join_group(command: &mut std::process::Command, policy: &Policy) -> io::Resul
     // it owns.
     unsafe { command.pre_exec(join) };
     Ok(Some(refusal))
+}
+
+/// Has the child take its standard input for its terminal before it executes anything.
+#[expect(unsafe_code, reason = "there is no safe way to run something in the child")]
+fn take_terminal(command: &mut std::process::Command) {
+    let take = || terminal::control(io::stdin()).map_err(io::Error::from);
+    // SAFETY: this process has one thread, so the child may do what it could; `take` makes two calls of the kernel.
+    unsafe { command.pre_exec(take) };
 }
 
 /// What kept the child from joining its group, if that is what it was.

@@ -12,6 +12,7 @@
 //! - `tree`: the process tree as `/proc` shows it.
 //! - `tap`: the shell that OpenCode is given, which runs the real one and sends a copy of its output to the sidecar
 //!   through an `uplink`, in `frames`.
+//! - `terminal`: a pseudo-terminal for a program that a person types to.
 //!
 //! Killing means that nothing is left, and that there is a proof: the jail, a subreaper, has no child any more. A
 //! process group or a pid alone is never taken for it. Nothing here knows OpenCode, Postgres or an execution.
@@ -27,6 +28,7 @@ mod process;
 mod protocol;
 mod resources;
 pub mod tap;
+mod terminal;
 mod tree;
 mod uplink;
 mod watch;
@@ -34,6 +36,7 @@ mod watch;
 pub use disk::{Added, Disk, DiskSpec};
 pub use process::{FreezeError, Process, ProcessHandle};
 pub use resources::{Foreseen, KillMeans, Limits, Mechanism, Probe, Resource, ResourceEvents, Resources, Usage};
+pub use terminal::{Terminal, TerminalSize};
 pub use tree::Stat;
 
 use crate::tasks::Tasks;
@@ -190,6 +193,12 @@ pub struct Spec {
     pub confinement: Option<confine::Confinement>,
     /// What it may use together with all that descends from it, and that its use is measured. Without, neither.
     pub limits: Option<Limits>,
+    /// Runs it in the control group of another program, counted and limited together with that one, and killed with
+    /// it. Where that one has no group (its limits are watched), `limits` hold for this one by itself.
+    pub beside: Option<ProcessHandle>,
+    /// Gives it a terminal of this size as its standard input, output and error, and as the controlling terminal of a
+    /// session of its own; see [`Process::take_terminal`]. Without one, its input is empty and its output are pipes.
+    pub terminal: Option<TerminalSize>,
 }
 
 impl Spec {
@@ -208,6 +217,8 @@ impl Spec {
             umask: None,
             confinement: None,
             limits: None,
+            beside: None,
+            terminal: None,
         }
     }
 }
@@ -227,6 +238,8 @@ impl fmt::Debug for Spec {
             .field("umask", &self.umask)
             .field("confinement", &self.confinement)
             .field("limits", &self.limits)
+            .field("beside", &self.beside.as_ref().map(ProcessHandle::name))
+            .field("terminal", &self.terminal)
             .finish()
     }
 }

@@ -7,6 +7,7 @@ use super::cgroup::{Alarm, Group};
 use super::confine::Confined;
 use super::protocol::{self, Command, Policy, Report};
 use super::resources::{Resource, ResourceEvents, Usage};
+use super::terminal::{self, Terminal};
 use super::watch::{Io, Sample};
 use super::{Exit, Gone, Limits, Sandbox, Signal, Spec, StartError, StillAlive, jail, orphans, tree};
 use nix::sys::signal::Signal as Raw;
@@ -37,6 +38,7 @@ pub struct Process {
     handle: ProcessHandle,
     stdout: Option<ChildStdout>,
     stderr: Option<ChildStderr>,
+    terminal: Option<Terminal>,
 }
 
 /// Signals, waits for and kills a started program. Does not keep it alive.
@@ -51,8 +53,8 @@ struct Shared {
     name: String,
     jail: i32,
     control: BlockingStream,
-    /// Its group, while there is something in it.
-    group: Weak<Group>,
+    /// Its group, where it has one of its own; there while something is in it.
+    group: Option<Weak<Group>>,
 }
 
 /// Levels, each set once and for all.
@@ -94,9 +96,13 @@ pub enum FreezeError {
 
 pub(super) async fn start(sandbox: &Sandbox, spec: Spec) -> Result<Process, StartError> {
     let name = spec.name.clone();
-    let group = match spec.limits {
-        Some(limits) => make_group(sandbox, &name, limits).await?,
-        None => None,
+    let group = match (&spec.beside, spec.limits) {
+        (Some(other), _) => {
+            let joined = other.group().map_err(|source| StartError::Resources { name: name.clone(), source })?;
+            joined.map(Membership::Beside)
+        }
+        (None, Some(limits)) => make_group(sandbox, &name, limits).await?.map(Arc::new).map(Membership::Own),
+        (None, None) => None,
     };
     let process = spawn(sandbox, spec, group).map_err(|source| StartError::Jail { name: name.clone(), source })?;
     let state = process.handle.reached(|state| state.started.is_some() || state.gone.is_some()).await;
@@ -110,6 +116,30 @@ pub(super) async fn start(sandbox: &Sandbox, spec: Spec) -> Result<Process, Star
     }
 }
 
+/// The group that a program runs in.
+#[derive(Debug)]
+enum Membership {
+    Own(Arc<Group>),
+    /// Another program's. Held so that it is not removed before this program has left it.
+    Beside(Arc<Group>),
+}
+
+impl Membership {
+    fn group(&self) -> &Arc<Group> {
+        match self {
+            Self::Own(group) | Self::Beside(group) => group,
+        }
+    }
+
+    /// The group, where this program's end is the end of all that is in it.
+    fn own(&self) -> Option<&Arc<Group>> {
+        match self {
+            Self::Own(group) => Some(group),
+            Self::Beside(_) => None,
+        }
+    }
+}
+
 async fn make_group(sandbox: &Sandbox, name: &str, limits: Limits) -> Result<Option<Group>, StartError> {
     let (resources, called) = (sandbox.resources.clone(), name.to_owned());
     let made = sandbox.tasks.spawn_blocking(move || resources.group(&called, &limits)).await;
@@ -119,14 +149,16 @@ async fn make_group(sandbox: &Sandbox, name: &str, limits: Limits) -> Result<Opt
 }
 
 #[expect(clippy::disallowed_methods, reason = "the one place that starts processes")]
-fn spawn(sandbox: &Sandbox, spec: Spec, group: Option<Group>) -> io::Result<Process> {
+fn spawn(sandbox: &Sandbox, spec: Spec, group: Option<Membership>) -> io::Result<Process> {
     let mut policy = Policy::of(&spec);
-    policy.group = group.as_ref().map(|group| group.layout().clone());
-    policy.watch = spec.limits.and_then(|limits| sandbox.resources.watch(&limits));
+    policy.group = group.as_ref().map(|group| group.group().layout().clone());
+    policy.beside = matches!(group, Some(Membership::Beside(_)));
+    // What runs in another program's group is in that one's account.
+    policy.watch = spec.limits.filter(|_| !policy.beside).and_then(|limits| sandbox.resources.watch(&limits));
     let watched = policy.watch.is_some();
     let policy = protocol::line(&policy)?;
-    let alarm = group.as_ref().map(Group::alarm);
-    let group = group.map(Arc::new);
+    let own = group.as_ref().and_then(Membership::own);
+    let (alarm, weak) = (own.map(|group| group.alarm()), own.map(Arc::downgrade));
     let (ours, theirs) = BlockingStream::pair()?;
     ours.set_nonblocking(true)?;
     let control = ours.try_clone()?;
@@ -135,9 +167,20 @@ fn spawn(sandbox: &Sandbox, spec: Spec, group: Option<Group>) -> io::Result<Proc
     let mut command = tokio::process::Command::new(sandbox.executable.as_path());
     // The jail gets nothing of the sidecar's environment: whoever has its user can read it there.
     command.arg(jail::SUBCOMMAND).arg(&spec.name).env_clear().current_dir("/");
-    command.stdin(OwnedFd::from(theirs)).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.stdin(OwnedFd::from(theirs));
+    let terminal = match spec.terminal {
+        Some(size) => {
+            let (terminal, slave) = terminal::open(size, spec.user)?;
+            command.stdout(slave.try_clone()?).stderr(slave);
+            Some(terminal)
+        }
+        None => {
+            command.stdout(Stdio::piped()).stderr(Stdio::piped());
+            None
+        }
+    };
     let mut child = orphans::register(|| command.spawn(), Child::id)?;
-    // It holds the jail's end of the socket, whose end of file would never come.
+    // It holds the jail's end of the socket and the program's of the terminal, whose end of file would never come.
     drop(command);
 
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
@@ -155,10 +198,9 @@ fn spawn(sandbox: &Sandbox, spec: Spec, group: Option<Group>) -> io::Result<Proc
         watched,
         felt: Felt::default(),
     };
-    let group = supervisor.group.as_ref().map(Arc::downgrade).unwrap_or_default();
     sandbox.tasks.spawn("jail", supervisor.run(reports, policy));
-    let shared = Arc::new(Shared { name: spec.name, jail, control, group });
-    Ok(Process { handle: ProcessHandle { shared, state }, stdout, stderr })
+    let shared = Arc::new(Shared { name: spec.name, jail, control, group: weak });
+    Ok(Process { handle: ProcessHandle { shared, state }, stdout, stderr, terminal })
 }
 
 impl Process {
@@ -180,6 +222,11 @@ impl Process {
     /// Its standard error, once. Somebody has to read it.
     pub fn take_stderr(&mut self) -> Option<ChildStderr> {
         self.stderr.take()
+    }
+
+    /// Our side of its terminal, once; `None` where it has none. Somebody has to read it.
+    pub fn take_terminal(&mut self) -> Option<Terminal> {
+        self.terminal.take()
     }
 
     /// A handle for others.
@@ -227,6 +274,27 @@ impl ProcessHandle {
         }
     }
 
+    pub(super) fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    /// Its group; `None` where it has none of its own.
+    ///
+    /// # Errors
+    /// It has ended.
+    fn group(&self) -> io::Result<Option<Arc<Group>>> {
+        let ended = || io::Error::new(io::ErrorKind::NotFound, format!("{} has ended", self.shared.name));
+        match &self.shared.group {
+            _ if self.state.borrow().gone.is_some() => Err(ended()),
+            Some(group) => group.upgrade().map(Some).ok_or_else(ended),
+            None => Ok(None),
+        }
+    }
+
+    fn living_group(&self) -> Option<Arc<Group>> {
+        self.shared.group.as_ref()?.upgrade()
+    }
+
     /// The id of its jail, while it has one.
     pub(super) fn jail(&self) -> Option<i32> {
         self.state.borrow().gone.is_none().then_some(self.shared.jail)
@@ -271,10 +339,10 @@ impl ProcessHandle {
         if let Ok(gone) = timeout(deadline / 2, self.gone()).await {
             return Ok(gone);
         }
-        let Shared { name, jail, group, .. } = &*self.shared;
+        let Shared { name, jail, .. } = &*self.shared;
         tracing::warn!(name, jail, "the jail does not answer: killing it and all below it from outside");
         loop {
-            if let Some(group) = group.upgrade() {
+            if let Some(group) = self.living_group() {
                 group.kill();
             }
             orphans::while_registered(*jail, || {
@@ -299,7 +367,7 @@ impl ProcessHandle {
         if let Some(gone) = state.gone {
             return gone.usage;
         }
-        let counted = self.shared.group.upgrade().map(|group| group.usage()).unwrap_or_default();
+        let counted = self.living_group().map(|group| group.usage()).unwrap_or_default();
         counted.or(state.seen.map(Usage::from).unwrap_or_default())
     }
 
@@ -332,7 +400,7 @@ impl ProcessHandle {
 
     /// Whether nothing of it runs or can run, as the kernel says. `None`: it cannot be frozen here, or has ended.
     pub fn is_frozen(&self) -> Option<bool> {
-        self.shared.group.upgrade().and_then(|group| group.is_frozen())
+        self.living_group().and_then(|group| group.is_frozen())
     }
 
     async fn set_frozen(&self, frozen: bool, deadline: Duration) -> Result<(), FreezeError> {
@@ -340,7 +408,7 @@ impl ProcessHandle {
         if self.state.borrow().gone.is_some() {
             return Err(FreezeError::Refused { name: name(), source: io::ErrorKind::NotFound.into() });
         }
-        let group = self.shared.group.upgrade().filter(|group| group.has_freezer());
+        let group = self.living_group().filter(|group| group.has_freezer());
         let group = group.ok_or_else(|| FreezeError::Unsupported(name()))?;
         match timeout(deadline, group.freeze(frozen)).await {
             Ok(Ok(())) => Ok(()),
@@ -375,7 +443,7 @@ struct Supervisor {
     child: Child,
     state: watch::Sender<State>,
     live: Arc<AtomicUsize>,
-    group: Option<Arc<Group>>,
+    group: Option<Membership>,
     alarm: Option<Alarm>,
     /// Whether the jail looks at what it uses.
     watched: bool,
@@ -465,7 +533,7 @@ impl Supervisor {
                 sleep(AGAIN).await;
             }
         }
-        if let Some(group) = &self.group {
+        if let Some(group) = self.own_group() {
             group.emptied().await;
         }
         self.feel();
@@ -475,7 +543,7 @@ impl Supervisor {
             events: self.felt.events,
             exhausted: self.felt.exhausted,
         };
-        // The last one that holds it: with this it is removed.
+        // With the last one that holds it, it is removed.
         self.group = None;
         self.live.fetch_sub(1, Ordering::AcqRel);
         self.set(|state| {
@@ -484,9 +552,14 @@ impl Supervisor {
         });
     }
 
+    /// The group that is this program's own.
+    fn own_group(&self) -> Option<&Arc<Group>> {
+        self.group.as_ref().and_then(Membership::own)
+    }
+
     /// Looks how often the limits were felt.
     fn feel(&mut self) {
-        if let Some(group) = &self.group {
+        if let Some(group) = self.own_group() {
             let events = group.events(self.felt.events);
             if events != self.felt.events {
                 self.felt.update(events);
@@ -497,7 +570,7 @@ impl Supervisor {
 
     /// All that was used, now that nothing is left.
     fn usage(&self, end: Option<(f64, Option<Io>)>) -> Usage {
-        let counted = self.group.as_ref().map(|group| group.usage()).unwrap_or_default();
+        let counted = self.own_group().map(|group| group.usage()).unwrap_or_default();
         if !self.watched {
             return counted;
         }

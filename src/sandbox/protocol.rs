@@ -23,8 +23,12 @@ pub(super) struct Policy {
     pub(super) oom_score_adj: Option<i32>,
     pub(super) umask: Option<u32>,
     pub(super) confinement: Option<Confinement>,
-    /// The group that the program joins, and that is killed with it.
+    /// The group that the program joins.
     pub(super) group: Option<Layout>,
+    /// That group is another program's, which outlives this one: it is not killed with it.
+    pub(super) beside: bool,
+    /// The jail's standard output is a terminal, which the program gets.
+    pub(super) terminal: bool,
     pub(super) watch: Option<Watch>,
 }
 
@@ -42,6 +46,8 @@ impl Policy {
             umask: spec.umask,
             confinement: spec.confinement.clone(),
             group: None,
+            beside: false,
+            terminal: spec.terminal.is_some(),
             watch: None,
         }
     }

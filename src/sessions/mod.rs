@@ -6,6 +6,7 @@
 //! - `private`: its own directory on disk.
 //! - `run`: one execution in it: what is awaited, the deadlines, how it ended.
 //! - `shell`: the output of its shell commands.
+//! - `terminal`: shells in it that people type to.
 //! - `pool`: sessions started ahead for tasks on the default model.
 //!
 //! A session knows nothing of queues, statuses or callers: that is `executions`.
@@ -17,10 +18,12 @@ mod private;
 mod run;
 mod session;
 mod shell;
+mod terminal;
 
-pub use crate::sandbox::Usage as Measured;
+pub use crate::sandbox::{Exit, TerminalSize, Usage as Measured};
 pub use run::{Ending, Observer, Progress, Run};
 pub use session::{Ended, Parked, Session, SessionError, Wanted};
+pub use terminal::{MAX_TERMINALS, Terminal, TerminalError, Terminals};
 
 use crate::broker::Broker;
 use crate::opencode::launch::Ports;

@@ -2,6 +2,7 @@
 
 use super::confinement::{Programs, confinement, search_path};
 use super::identity::Identity;
+use super::terminal::Terminals;
 use super::{InUse, Measured, Shared, private};
 use crate::broker::{Budget, Grant, Lease, Upstream};
 use crate::model::task::Limits;
@@ -9,7 +10,7 @@ use crate::model::{SessionId, Usage};
 use crate::opencode::OPENCODE_VERSION;
 use crate::opencode::client::{Client, ClientError, Prompt};
 use crate::opencode::launch::{Launch, LaunchError, Server, launch};
-use crate::opencode::profile::{Directories, Endpoints, Profile, config, environment};
+use crate::opencode::profile::{Directories, Endpoints, Profile, common_environment, config, environment};
 use crate::sandbox::confine::Confinement;
 use crate::sandbox::{Disk, DiskSpec, User};
 use crate::secrets::random_token;
@@ -209,6 +210,7 @@ pub struct Session {
     pub(super) in_use: Option<InUse>,
     /// Counts what it adds to the disk, where that is limited.
     pub(super) disk: Option<Disk>,
+    terminals: Terminals,
 }
 
 impl Session {
@@ -249,20 +251,24 @@ impl Session {
                 idle_timeout: settings.idle_timeout,
             },
         );
+        let inherited = |name: &str| match name {
+            "PATH" if settings.confined => std::env::var_os(name).map(search_path),
+            _ => std::env::var_os(name),
+        };
         let mut env = environment(
             directories,
             &configuration,
             password.expose_secret(),
             &lease.shell_url(),
             lease.token().expose_secret(),
-            |name| match name {
-                "PATH" if settings.confined => std::env::var_os(name).map(search_path),
-                _ => std::env::var_os(name),
-            },
+            inherited,
         );
+        let mut common = common_environment(directories, inherited);
         if place.user.is_some() {
             // There is no other name for it: the system's list of users does not know it.
-            env.extend(["USER", "LOGNAME"].map(|name| (name.into(), "session".into())));
+            let names = ["USER", "LOGNAME"].map(|name| (name.into(), "session".into()));
+            env.extend(names.clone());
+            common.extend(names);
         }
         let confinement = settings.confined.then(|| {
             let path = env.iter().find(|(name, _)| name == "PATH").map(|(_, path)| path.as_os_str());
@@ -305,6 +311,13 @@ impl Session {
             }
         };
         let conversation = parked.and_then(|parked| parked.conversation.clone());
+        let terminals = Terminals::new(
+            shared.sandbox.clone(),
+            shared.tasks.clone(),
+            server.process.handle(),
+            |name, program| server.companion(name, program),
+            common,
+        );
         let mut session = Self {
             shared: Arc::clone(shared),
             wanted,
@@ -318,6 +331,7 @@ impl Session {
             conversation,
             in_use: None,
             disk: None,
+            terminals,
         };
         let ready = async {
             if shared.version.get().is_none() {
@@ -415,6 +429,11 @@ impl Session {
         self.lease.reset(self.wanted.budget());
     }
 
+    /// Its terminals, for as long as its process lives.
+    pub fn terminals(&self) -> Terminals {
+        self.terminals.clone()
+    }
+
     /// What all its processes have used so far, where it is measured.
     pub fn usage(&self) -> Measured {
         self.server.process.handle().usage()
@@ -461,6 +480,11 @@ impl Session {
     }
 
     async fn end_processes(&self, done: bool) -> Ended {
+        let (ended, closed) = tokio::join!(self.end_opencode(done), self.terminals.close());
+        Ended { nothing_left: ended.nothing_left && closed, ..ended }
+    }
+
+    async fn end_opencode(&self, done: bool) -> Ended {
         let process = &self.server.process;
         if !done && self.is_alive() {
             let disposed = tokio::time::timeout(DISPOSE, self.client.dispose()).await;

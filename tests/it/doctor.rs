@@ -140,7 +140,10 @@ async fn an_ordinary_user_and_a_container_are_told_what_they_lack() {
         let why = "Permission denied";
         assert!(level == "missing" && detail.contains("watched") && detail.contains(why), "{who:?}: {detail}");
         assert_eq!(finding(&report, "SANDBOX_REQUIRE").0, "ok", "{report:#}");
-        assert!(finding(&report, "uid").1.contains("may not start programs as other users"), "{report:#}");
+        assert!(
+            finding(&report, "uid").1.contains("run as the sidecar's own user: this process does not have"),
+            "{report:#}"
+        );
         assert!(finding(&report, "privileges").1.ends_with("user 65534 and holds: none"), "{report:#}");
         assert!(finding(&report, "STATE_DIR").1.contains("not there, and can be made"), "{report:#}");
         assert_eq!(finding(&report, "cpu"), ("missing", "nothing holds CPU time"));

@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
+mod terminal;
+
 use nix::sys::signal::{Signal as Raw, kill};
 use nix::unistd::Pid;
 use opencode_sidecar::sandbox::{Exit, Process, RunError, Sandbox, Signal, Spec, StartError};

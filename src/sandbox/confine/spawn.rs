@@ -4,6 +4,7 @@
 //! would take longer than all of the confinement, since each page that the child then touches has to be found again.
 
 use super::{Failed, Prepared};
+use crate::sandbox::terminal;
 use nix::libc;
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::unistd::{self, Pid};
@@ -24,12 +25,16 @@ pub(in crate::sandbox) struct Program {
     pub(in crate::sandbox) args: Vec<OsString>,
     pub(in crate::sandbox) env: Vec<(OsString, OsString)>,
     pub(in crate::sandbox) cwd: PathBuf,
+    /// Whether it gets this process's standard output, which is a terminal, as its own.
+    pub(in crate::sandbox) terminal: bool,
 }
 
 /// All that the child needs, made before it is there.
 struct Child<'a> {
     prepared: &'a Prepared,
+    /// What it reads where it has no terminal.
     null: File,
+    terminal: bool,
     cwd: CString,
     /// Where the program may be, in order.
     candidates: Vec<CString>,
@@ -39,8 +44,8 @@ struct Child<'a> {
     failed: Option<(&'static str, nix::Error)>,
 }
 
-/// Starts it, and returns when it has been executed. Its standard input is empty, its output that of this process, and it
-/// is in a process group of its own.
+/// Starts it, and returns when it has been executed. Its output is that of this process. Its standard input is empty, and
+/// it is in a process group of its own; or that is the terminal too, and it is in a session of its own.
 ///
 /// # Errors
 /// The step that failed. The child has ended and is reaped then.
@@ -61,6 +66,7 @@ pub(super) fn spawn(program: &Program, prepared: &Prepared) -> Result<Pid, Faile
     let mut child = Child {
         prepared,
         null: File::open("/dev/null").map_err(|error| Failed::new("stdin", error))?,
+        terminal: program.terminal,
         cwd: string(program.cwd.as_os_str())?,
         candidates: candidates(program).iter().map(|path| string(path.as_os_str())).collect::<Result<_, _>>()?,
         argv: pointers(&args),
@@ -106,8 +112,13 @@ impl Child<'_> {
     #[expect(unsafe_code, reason = "there is no safe way to execute a program with an environment that is given")]
     fn run(&self) -> Result<std::convert::Infallible, (&'static str, nix::Error)> {
         let at = |step| move |errno| (step, errno);
-        unistd::dup2_stdin(self.null.as_fd()).map_err(at("stdin"))?;
-        unistd::setpgid(Pid::from_raw(0), Pid::from_raw(0)).map_err(at("group"))?;
+        if self.terminal {
+            unistd::dup2_stdin(std::io::stdout()).map_err(at("stdin"))?;
+            terminal::control(std::io::stdin()).map_err(at("terminal"))?;
+        } else {
+            unistd::dup2_stdin(self.null.as_fd()).map_err(at("stdin"))?;
+            unistd::setpgid(Pid::from_raw(0), Pid::from_raw(0)).map_err(at("group"))?;
+        }
         unistd::chdir(self.cwd.as_c_str()).map_err(at("cwd"))?;
         // SAFETY: the default action runs no code of ours. The jail ignores this one, and programs expect that it is not.
         unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }.map_err(at("signal_actions"))?;
@@ -142,7 +153,8 @@ mod tests {
 
     #[test]
     fn a_bare_name_is_looked_up_in_the_programs_own_path() {
-        let mut program = Program { path: "sh".into(), args: Vec::new(), env: Vec::new(), cwd: "/".into() };
+        let mut program =
+            Program { path: "sh".into(), args: Vec::new(), env: Vec::new(), cwd: "/".into(), terminal: false };
         assert_eq!(candidates(&program), ["/bin/sh", "/usr/bin/sh"].map(PathBuf::from));
         program.env = vec![("PATH".into(), "/a:/b c".into())];
         assert_eq!(candidates(&program), ["/a/sh", "/b c/sh"].map(PathBuf::from));

@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
+mod beside;
 mod disk;
 mod ending;
 mod guest;

@@ -68,6 +68,8 @@ impl Routes {
 
     fn has(&self, method: Option<&str>, path: &str) -> bool {
         let path = normal(path);
+        // A WebSocket begins as one.
+        let method = method.map(|method| if method == "WS" { "GET" } else { method });
         self.served.iter().any(|(m, route)| method.is_none_or(|method| method == m) && is_of(&path, route))
     }
 

@@ -8,6 +8,7 @@ mod contract;
 mod faults;
 mod life;
 mod shapes;
+mod terminal;
 
 use crate::support::sidecar::{Sidecar, answer, soon};
 use opencode_sidecar::scripted::Script;

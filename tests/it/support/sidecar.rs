@@ -52,8 +52,6 @@ pub(crate) fn opencode() -> PathBuf {
 /// Whom a sidecar runs as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum As {
-    /// As the tests do.
-    Own,
     /// As an ordinary user, as in a pod of the profile `restricted`.
     Nobody,
     /// As root with what the recommended pod leaves of its capabilities.
@@ -140,7 +138,6 @@ impl World {
         }
         let changes = [changes, &[("DATABASE_URL", &database)]].concat();
         let adjust = |spec: &mut Spec| match who {
-            As::Own => {}
             As::Nobody => spec.user = Some(NOBODY),
             As::PodRoot => {
                 let left = "--bounding-set=-all,+setuid,+setgid,+chown,+kill";
