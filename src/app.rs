@@ -311,6 +311,7 @@ impl App {
                 },
                 protections: protections.names.clone(),
                 session_idle: config.session_idle_timeout,
+                retention: config.retention,
             },
             database.store.clone(),
             events,
@@ -322,6 +323,7 @@ impl App {
         let notifier = notifier(&config, state.instance, &database.store, &metrics, &tasks)?;
         executions.recover().await?;
         tasks.spawn("idle sessions", executions.clone().look_after_sessions());
+        tasks.spawn("retention", executions.clone().forget_old());
         let streams = CancellationToken::new();
         let auth = Auth::new(config.shared_secret.clone(), config.auth_off);
         let readiness = Ready {

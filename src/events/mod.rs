@@ -13,7 +13,7 @@ mod live;
 
 pub use live::{Head, Writer};
 
-use crate::model::event::{Event, EventType, Severity};
+use crate::model::event::{Event, EventType, NewEvent, Severity};
 use crate::model::{ExecutionId, ExecutionRecord, SessionRecord};
 use crate::store::{EventQuery, Store, StoreError, Write};
 use crate::tasks::Tasks;
@@ -83,6 +83,16 @@ impl Events {
             writer.submit(record);
         }
         writer
+    }
+
+    /// Opens the log of a new execution with its first event. The two are queued as one, so that they become durable
+    /// together. Returns the event's number too.
+    pub fn begin(&self, record: ExecutionRecord, first: NewEvent) -> (Writer, u64) {
+        let live = Arc::new(Live::new(record.clone()));
+        self.shared.lock_live().insert(record.id, Arc::clone(&live));
+        let writer = Writer::new(Arc::clone(&self.shared), live);
+        let seq = writer.submit_with(record, first);
+        (writer, seq)
     }
 
     /// Writes a session that outlives its executions, as it stands now; after this, whatever was queued before it and
