@@ -1,8 +1,8 @@
 //! The event log: one per execution, one way in, one way out.
 //!
-//! - In: [`Writer::append`] and [`Writer::change`] give an event its number and queue it. The committer takes what
-//!   is queued in batches to the **commit point** and only then shows it: an event is durable before any reader
-//!   has it. Today the commit point is a transaction of `store` (see `commit`); a journal on local disk replaces
+//! - In: [`Events::begin`], [`Writer::append`] and [`Writer::change`] give an event its number and queue it. The
+//!   committer takes what is queued in batches to the **commit point** and only then shows it: an event is durable
+//!   before any reader has it. Today the commit point is a transaction of `store` (see `commit`); a journal on local disk replaces
 //!   exactly that call.
 //! - Out: [`Events::read`] by a cursor, the `seq`. REST pages, SSE, WebSocket and every other reader use it.
 //!   [`Events::head`] says how far a log goes now; it is a level and carries no event, so there is no buffer per

@@ -7,7 +7,7 @@
 //! The keys are those of this sidecar's project. Two sidecars that serve one project at the same time do not know what the
 //! other has taken since they started.
 
-use crate::model::{ExecutionId, Idempotency, IdempotencyKey, Submitted};
+use crate::model::{ExecutionId, Fingerprint, Idempotency, IdempotencyKey, Submitted};
 use chrono::{DateTime, TimeDelta, Utc};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -16,8 +16,8 @@ use tokio::sync::watch;
 
 /// How long a key stands for its first submission.
 pub(super) const LIFE: TimeDelta = TimeDelta::hours(24);
-/// The most keys that are remembered at once: some 30 MB. Each stands for an execution, so it takes a caller that submits
-/// more than one a second all day to get there.
+/// The most keys that are remembered at once: some 30 MB, half as much again with the longest ones. Each stands for an
+/// execution, so it takes a caller that submits more than one a second all day to get there.
 pub(super) const MOST: u32 = 100_000;
 /// How often those are removed whose time is over.
 const SWEEP: TimeDelta = TimeDelta::hours(1);
@@ -42,7 +42,7 @@ struct Inner {
 enum Slot {
     /// It is being submitted; the channel closes when that is decided.
     Claimed(watch::Receiver<()>),
-    Taken(Idempotency, Submitted),
+    Taken(Fingerprint, Submitted),
 }
 
 /// What is known of a submission's key.
@@ -79,7 +79,7 @@ impl Keys {
     pub(super) fn remember(&self, taken: Vec<(Idempotency, Submitted)>) {
         let mut inner = self.lock();
         for (idempotency, submitted) in taken {
-            inner.slots.entry(name(&idempotency)).or_insert(Slot::Taken(idempotency, submitted));
+            inner.slots.entry(name(&idempotency)).or_insert(Slot::Taken(idempotency.fingerprint, submitted));
         }
     }
 
@@ -98,7 +98,7 @@ impl Keys {
         match inner.slots.entry(name(&idempotency)) {
             Entry::Occupied(slot) if !slot.get().is_over(now) => match slot.get() {
                 Slot::Claimed(decided) => return Ok(Known::Soon(decided.clone())),
-                Slot::Taken(first, submitted) if first.fingerprint == idempotency.fingerprint => {
+                Slot::Taken(first, submitted) if *first == idempotency.fingerprint => {
                     return Ok(Known::Yes(submitted.clone()));
                 }
                 Slot::Taken(..) => return Err(KeyError::Mismatch),
@@ -147,7 +147,7 @@ impl Claim {
 
     /// The submission was taken: from now on the key stands for it.
     pub(super) fn taken(self, submitted: Submitted) {
-        let slot = Slot::Taken(self.idempotency.clone(), submitted);
+        let slot = Slot::Taken(self.idempotency.fingerprint, submitted);
         self.keys.lock().slots.insert(name(&self.idempotency), slot);
     }
 }
@@ -165,7 +165,7 @@ impl Drop for Claim {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Fingerprint, SessionId, TaskId};
+    use crate::model::{SessionId, TaskId};
 
     fn at(hours: i64) -> DateTime<Utc> {
         DateTime::from_timestamp(1_800_000_000, 0).unwrap() + TimeDelta::hours(hours)

@@ -53,9 +53,10 @@ impl Store {
             // No project has the empty name. Rows that another transaction holds have their turn later.
             sqlx::query!(
                 r#"UPDATE executions SET project_id = ''
-                   WHERE id IN (SELECT id FROM executions
-                                WHERE project_id = $1 AND ordinal IS NULL AND created_at < $2 AND completed_at < $2
-                                ORDER BY created_at, id LIMIT $3 FOR UPDATE SKIP LOCKED)"#,
+                   WHERE id = ANY (ARRAY(SELECT id FROM executions
+                                         WHERE project_id = $1 AND ordinal IS NULL
+                                           AND created_at < $2 AND completed_at < $2
+                                         ORDER BY created_at, id LIMIT $3 FOR UPDATE SKIP LOCKED))"#,
                 project,
                 before,
                 limit
@@ -64,13 +65,13 @@ impl Store {
             .await?;
             let sessions: Vec<Uuid> = sqlx::query_scalar!(
                 r#"DELETE FROM sessions
-                   WHERE project_id = $1 AND id IN
-                         (SELECT s.id FROM sessions s
+                   WHERE project_id = $1 AND id = ANY (ARRAY(
+                          SELECT s.id FROM sessions s
                           WHERE s.project_id = $1 AND s.created_at < $2 AND s.ended_at < $2
                             AND NOT EXISTS (SELECT FROM executions e
                                             WHERE e.project_id = $1 AND e.session_id = s.id AND e.ordinal IS NOT NULL
                                               AND (e.completed_at IS NULL OR e.completed_at >= $2))
-                          ORDER BY s.created_at, s.id LIMIT $3 FOR UPDATE SKIP LOCKED)
+                          ORDER BY s.created_at, s.id LIMIT $3 FOR UPDATE SKIP LOCKED))
                    RETURNING id"#,
                 project,
                 before,
@@ -100,32 +101,52 @@ impl Store {
         .await
     }
 
-    /// Removes at most `limit` events of what was taken out of its project, and the executions that have none left.
-    /// Nothing is left to remove where it removes nothing.
+    /// Removes at most `limit` events of what was taken out of its project, from the end of each log, and the executions
+    /// that have none left. Nothing is left to remove where it removes nothing.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
     pub async fn purge(&self, limit: u32) -> Result<Forgotten, StoreError> {
         self.run(async |connection: &mut PgConnection| {
             let mut transaction = connection.begin().await?;
-            let expired: Vec<Uuid> = sqlx::query_scalar!(
-                "SELECT id FROM executions WHERE project_id = '' LIMIT $1 FOR UPDATE SKIP LOCKED",
+            let expired = sqlx::query!(
+                "SELECT id, last_seq FROM executions WHERE project_id = '' LIMIT $1 FOR UPDATE SKIP LOCKED",
                 PURGED_AT_ONCE
             )
             .fetch_all(&mut *transaction)
             .await?;
+            // `last_seq` says where to go on: who looked for what is left would meet all that was removed before.
+            let (mut ids, mut lasts, mut left) = (Vec::new(), Vec::new(), i64::from(limit));
+            for row in expired {
+                let removed = row.last_seq.min(left);
+                left -= removed;
+                ids.push(row.id);
+                lasts.push(row.last_seq - removed);
+                if left == 0 {
+                    break;
+                }
+            }
             let events = sqlx::query!(
-                r#"DELETE FROM execution_events
-                   WHERE ctid = ANY (ARRAY(SELECT ctid FROM execution_events WHERE execution_id = ANY($1) LIMIT $2))"#,
-                &expired,
-                i64::from(limit)
+                r#"DELETE FROM execution_events e USING UNNEST($1::uuid[], $2::bigint[]) AS r (id, last_seq)
+                   WHERE e.execution_id = r.id AND e.seq > r.last_seq"#,
+                &ids,
+                &lasts
             )
             .execute(&mut *transaction)
             .await?;
             let executions = sqlx::query!(
-                r#"DELETE FROM executions x
-                   WHERE id = ANY($1) AND NOT EXISTS (SELECT FROM execution_events e WHERE e.execution_id = x.id)"#,
-                &expired
+                r#"DELETE FROM executions x USING UNNEST($1::uuid[], $2::bigint[]) AS r (id, last_seq)
+                   WHERE x.id = r.id AND r.last_seq = 0"#,
+                &ids,
+                &lasts
+            )
+            .execute(&mut *transaction)
+            .await?;
+            sqlx::query!(
+                r#"UPDATE executions x SET last_seq = r.last_seq
+                   FROM UNNEST($1::uuid[], $2::bigint[]) AS r (id, last_seq) WHERE x.id = r.id"#,
+                &ids,
+                &lasts
             )
             .execute(&mut *transaction)
             .await?;
