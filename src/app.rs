@@ -322,6 +322,7 @@ impl App {
                 protections: protections.names.clone(),
                 session_idle: config.session_idle_timeout,
                 max_open: max_open(&config, &protections),
+                retention: config.retention,
             },
             database.store.clone(),
             events,
@@ -333,6 +334,7 @@ impl App {
         let notifier = notifier(&config, state.instance, &database.store, &metrics, &tasks)?;
         executions.recover().await?;
         tasks.spawn("idle sessions", executions.clone().look_after_sessions());
+        tasks.spawn("retention", executions.clone().forget_old());
         let streams = CancellationToken::new();
         let auth = Auth::new(config.shared_secret.clone(), config.auth_off);
         let readiness = Ready {

@@ -11,6 +11,7 @@ pub use reference::{Variable, not_yet, reference};
 use crate::model::task::{LEAST_CPU_MILLIS, LEAST_DISK, LEAST_MEMORY, LEAST_PIDS, Limits, Provider};
 use crate::secrets::{Keyring, SealingKey};
 use crate::telemetry::LogFormat;
+use chrono::TimeDelta;
 use read::Reader;
 use secrecy::SecretString;
 use std::ffi::OsString;
@@ -56,6 +57,8 @@ pub struct Config {
     pub database_url: Option<SecretString>,
     pub database_schema: String,
     pub project_id: String,
+    /// How long what has ended is kept; `None`: for ever.
+    pub retention: Option<TimeDelta>,
     /// A level or filter directives.
     pub log_level: String,
     pub log_format: LogFormat,
@@ -148,6 +151,10 @@ impl Config {
             project_id: r.matching("PROJECT_ID", "1 to 128 visible ASCII characters", |id| {
                 id.len() <= 128 && is_visible_ascii(id)
             }),
+            retention: match r.number("RETENTION_DAYS", 0, 36_500) {
+                0 => None,
+                days => Some(TimeDelta::days(days)),
+            },
             log_level: r.matching("LOG_LEVEL", "trace, debug, info, warn, error, off, or filter directives", |level| {
                 crate::telemetry::log_filter(level).is_ok()
             }),

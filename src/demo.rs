@@ -175,8 +175,9 @@ async fn demonstrate(prompt: Option<String>) -> Result<bool, DemoError> {
 async fn show(client: &Client, prompt: &str, scripted: bool, workspace: &Path) -> Result<bool, DemoError> {
     head("POST /tasks/execute");
     anstream::println!("{prompt}");
-    let body = json!({ "task_id": TaskId::new(), "prompt": prompt, "metadata": { "from": "make demo" } });
-    let id = client.submit(body, None).await?.execution_id;
+    let task_id = TaskId::new();
+    let body = json!({ "task_id": task_id, "prompt": prompt, "metadata": { "from": "make demo" } });
+    let id = client.submit(body, None, &task_id.to_string()).await?.execution_id;
     anstream::println!("202 Accepted: execution {id}");
 
     head(&format!("GET /tasks/{id}/stream"));

@@ -65,6 +65,7 @@
 //! | to see | look at |
 //! |---|---|
 //! | what a caller may send | [`model::request`], then `executions::admit` and `models`, which check it |
+//! | why a submission that is sent again runs once | [`model::idempotency`], then `executions::idempotency` |
 //! | how an execution changes its status | [`model::execution`] |
 //! | one execution from its turn to its last event | `executions::owner`, and for what OpenCode does meanwhile `sessions::run` |
 //! | how an OpenCode event becomes one of ours | [`opencode::translate`] |
@@ -85,6 +86,7 @@
 //! | what a terminal is protected from | `console::clean` |
 //! | which variables there are | [`config`], and [`config::reference`] |
 //! | the tables | `migrations/` |
+//! | how old executions are removed | `executions::retention`, then `store::retention` |
 
 pub mod api;
 pub mod app;

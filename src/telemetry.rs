@@ -149,12 +149,16 @@ struct Inner {
     model_calls: IntCounterVec,
     callbacks: IntCounterVec,
     callbacks_waiting: IntGauge,
+    retention: IntCounterVec,
     uptime: Gauge,
     resident: IntGauge,
     open_fds: IntGauge,
 }
 
 const PREFIX: &str = "opencode_sidecar_";
+
+/// What retention removes, in the order of [`Metrics::retention_removed`].
+const REMOVED: [&str; 4] = ["execution", "event", "session", "callback"];
 
 /// Makes metrics and puts them into the registry.
 struct Maker(Registry);
@@ -224,6 +228,7 @@ impl Metrics {
                 &format!("{PREFIX}callbacks_waiting"),
                 "Changes of status that the backend has not taken yet.",
             )?,
+            retention: make.counters("retention_removed_total", "What was removed since it was old.", &["kind"])?,
             uptime: make.add(Gauge::new(format!("{PREFIX}uptime_seconds"), "Time since the start.")?)?,
             resident: make.gauge("process_resident_memory_bytes", "Resident memory.")?,
             open_fds: make.gauge("process_open_fds", "Open file descriptors.")?,
@@ -244,6 +249,9 @@ impl Metrics {
         }
         for outcome in CallbackOutcome::ALL {
             inner.callbacks.with_label_values(&[outcome.as_str()]);
+        }
+        for kind in REMOVED {
+            inner.retention.with_label_values(&[kind]);
         }
         inner.queue_wait.with_label_values::<&str>(&[]);
         Ok(Self(Arc::new(inner)))
@@ -310,6 +318,13 @@ impl Metrics {
         self.0.callbacks_waiting.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
+    /// So many of each were removed since they were old.
+    pub fn retention_removed(&self, executions: u64, events: u64, sessions: u64, callbacks: u64) {
+        for (kind, count) in REMOVED.iter().zip([executions, events, sessions, callbacks]) {
+            self.0.retention.with_label_values(&[*kind]).inc_by(count);
+        }
+    }
+
     /// All metrics in Prometheus' text format 0.0.4.
     ///
     /// # Errors
@@ -354,6 +369,7 @@ mod tests {
             "opencode_sidecar_model_calls_total{outcome=\"ok\"} 0",
             "opencode_sidecar_callbacks_total{outcome=\"failed\"} 0",
             "opencode_sidecar_callbacks_waiting 0",
+            "opencode_sidecar_retention_removed_total{kind=\"session\"} 0",
         ] {
             assert!(before.lines().any(|l| l == line), "{line}\n{before}");
         }
@@ -368,6 +384,8 @@ mod tests {
         metrics.model_call(ModelCallOutcome::Refused);
         metrics.callback(CallbackOutcome::Delivered);
         metrics.set_callbacks_waiting(4);
+        metrics.retention_removed(1, 2, 3, 4);
+        metrics.retention_removed(1, 0, 0, 0);
         let after = metrics.render().unwrap();
         for line in [
             "opencode_sidecar_http_requests_total{method=\"GET\",route=\"/tasks/{execution_id}\",status=\"200\"} 1",
@@ -384,6 +402,10 @@ mod tests {
             "opencode_sidecar_model_calls_total{outcome=\"refused\"} 1",
             "opencode_sidecar_callbacks_total{outcome=\"delivered\"} 1",
             "opencode_sidecar_callbacks_waiting 4",
+            "opencode_sidecar_retention_removed_total{kind=\"execution\"} 2",
+            "opencode_sidecar_retention_removed_total{kind=\"event\"} 2",
+            "opencode_sidecar_retention_removed_total{kind=\"session\"} 3",
+            "opencode_sidecar_retention_removed_total{kind=\"callback\"} 4",
         ] {
             assert!(after.lines().any(|l| l == line), "{line}\n{after}");
         }

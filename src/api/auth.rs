@@ -11,6 +11,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::{Extensions, HeaderMap, header};
 use secrecy::{ExposeSecret, SecretString};
 use sha2::{Digest, Sha256};
+use std::borrow::Cow;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -39,6 +40,16 @@ pub enum Caller {
     SharedSecret,
     /// On this machine, with `AUTH=off`.
     Loopback,
+}
+
+impl Caller {
+    /// The name of whoever this is: the same for each of its requests, and nobody else's. It is stored.
+    pub fn name(&self) -> Cow<'_, str> {
+        match self {
+            Self::SharedSecret => Cow::Borrowed("shared-secret"),
+            Self::Loopback => Cow::Borrowed("loopback"),
+        }
+    }
 }
 
 /// The credentials that are configured. Cheap to clone; shows nothing of them.

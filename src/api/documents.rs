@@ -2,7 +2,7 @@
 
 use crate::executions::View;
 use crate::model::task::{Limits, ModelChoice};
-use crate::model::{ExecutionId, ExecutionRecord, Reason, SessionId, Status, TaskId, Usage, millis};
+use crate::model::{ExecutionId, ExecutionRecord, Reason, SessionId, Status, Submitted, TaskId, Usage, millis};
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::Value;
@@ -38,14 +38,14 @@ pub(crate) struct Accepted {
 }
 
 impl Accepted {
-    pub(crate) fn of(record: &ExecutionRecord) -> Self {
+    pub(crate) fn of(submitted: &Submitted) -> Self {
         Self {
-            execution_id: record.id,
-            task_id: record.task.task_id,
-            session_id: record.session_id,
-            status: record.status,
-            created_at: record.created_at,
-            links: Links::of(record.id),
+            execution_id: submitted.id,
+            task_id: submitted.task_id,
+            session_id: submitted.session_id,
+            status: Status::Pending,
+            created_at: submitted.created_at,
+            links: Links::of(submitted.id),
         }
     }
 }

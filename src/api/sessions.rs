@@ -425,8 +425,8 @@ async fn message(
         return Err(Problem::new(Code::Conflict, "The session has ended and takes no more prompts."));
     }
     let taken = api.executions.prompt_session(id, request.text).await;
-    let record = taken.map_err(|error| submit_problem(error, &[("prompt", "text")]))?;
-    Ok((StatusCode::ACCEPTED, Json(Accepted::of(&record))))
+    let submitted = taken.map_err(|error| submit_problem(error, &[("prompt", "text")]))?;
+    Ok((StatusCode::ACCEPTED, Json(Accepted::of(&submitted))))
 }
 
 #[cfg(test)]

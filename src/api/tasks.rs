@@ -1,25 +1,27 @@
 //! The task routes: from requests to calls of the service, from its results to answers.
 
+use crate::api::auth::Caller;
 use crate::api::documents::{Accepted, EventsDocument, ExecutionDocument, HistoryDocument, StatusDocument};
 use crate::api::extract::prefer_wait;
 use crate::api::problem::{Code, Problem};
 use crate::api::{ApiJson, ApiQuery, OptionalApiJson};
 use crate::events::ReadQuery;
-use crate::executions::{Executions, SubmitError, View};
+use crate::executions::{Executions, Submission, SubmitError, View};
 use crate::model::event::{EventType, Severity};
+use crate::model::idempotency::BadKey;
 use crate::model::request::TaskRequest;
-use crate::model::{ExecutionId, SessionId, Status, TaskId};
+use crate::model::{ExecutionId, Fingerprint, Idempotency, IdempotencyKey, SessionId, Status, TaskId};
 use crate::store::{Cursor, HistoryFilter, StoreError};
 use anstream::adapter::StripStr;
-use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use chrono::{DateTime, TimeZone, Utc};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use std::time::Duration;
 use utoipa_axum::router::OpenApiRouter;
@@ -76,41 +78,85 @@ pub(crate) async fn find(api: &TasksApi, id: ExecutionId) -> Result<View, Proble
 ///
 /// 202 once the task is durable; it runs when its turn comes. With `Prefer: wait=N` (at most 60): 200 with the finished
 /// execution where it ends in time.
+///
+/// With an `Idempotency-Key` it may be sent again: for 24 h the same key with the same body gives the first answer again,
+/// as a 200 with `Idempotent-Replayed: true`, also while the queue is full or the database is away. How the body is written,
+/// and its credentials, do not matter. A key of a submission that was refused, or of an execution that was deleted, is free.
 #[utoipa::path(
     post, path = "/tasks/execute", tag = "tasks",
     request_body = TaskRequest,
-    params(("Prefer" = Option<String>, Header, description = "`wait=N`: wait at most N seconds for the end (RFC 7240)")),
+    params(
+        ("Idempotency-Key" = Option<String>, Header, description = "The caller's own name of this submission: 1 to 255 visible ASCII characters"),
+        ("Prefer" = Option<String>, Header, description = "`wait=N`: wait at most N seconds for the end (RFC 7240)"),
+    ),
     responses(
-        (status = 200, description = "Finished within the time that `Prefer: wait` gave", body = ExecutionDocument),
+        (status = 200, description = "Finished within the time that `Prefer: wait` gave; or taken before under this key, and then with the first answer where it has not finished in that time", body = Taken,
+            headers(("Location" = String, description = "The execution"), ("Idempotent-Replayed" = Option<String>, description = "`true`: nothing new was taken"))),
         (status = 202, description = "Taken", body = Accepted, headers(("Location" = String, description = "The execution"))),
+        (status = 409, description = "The key was used with another body, or the session has ended", content_type = "application/problem+json", body = crate::api::problem::ProblemDocument),
         (status = 429, description = "The queue is full; `Retry-After` says when to try again", content_type = "application/problem+json", body = crate::api::problem::ProblemDocument),
         (status = 503, description = "Shutting down, or the database is away", content_type = "application/problem+json", body = crate::api::problem::ProblemDocument),
     ),
 )]
 async fn execute(
     State(api): State<TasksApi>,
+    Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     ApiJson(request): ApiJson<TaskRequest>,
 ) -> Result<Response, Problem> {
-    if headers.contains_key("idempotency-key") {
-        return Err(Problem::new(Code::NotSupported, "This version does not support Idempotency-Key.")
-            .field("Idempotency-Key", "is not supported by this version"));
-    }
-    let record = api.executions.submit(request).await.map_err(|error| submit_problem(error, &[]))?;
-    let location = HeaderValue::from_str(&format!("/tasks/{}", record.id)).ok();
-    let mut response = None;
-    if let Some(wait) = prefer_wait(&headers) {
-        let ended = api.executions.ended(record.id, wait).await;
-        let view = find(&api, record.id).await?;
-        if ended && view.record.status.is_final() {
-            response = Some((StatusCode::OK, Json(ExecutionDocument::of(&view))).into_response());
+    let idempotency = match idempotency_key(&headers)? {
+        None => None,
+        Some(key) => {
+            let fingerprint = Fingerprint::of(&request).map_err(Problem::internal)?;
+            Some(Idempotency { caller: caller.name().into_owned(), key, fingerprint })
         }
+    };
+    let submitted = api.executions.submit(request, idempotency).await;
+    let Submission { submitted, replayed } = submitted.map_err(|error| submit_problem(error, &[]))?;
+    let mut ended = None;
+    if let Some(wait) = prefer_wait(&headers)
+        && api.executions.ended(submitted.id, wait).await
+    {
+        ended = match find(&api, submitted.id).await {
+            Ok(view) => Some(view).filter(|view| view.record.status.is_final()),
+            // The first answer is known without the database.
+            Err(_) if replayed => None,
+            Err(problem) => return Err(problem),
+        };
     }
-    let mut response = response.unwrap_or_else(|| (StatusCode::ACCEPTED, Json(Accepted::of(&record))).into_response());
-    if let Some(location) = location {
+    let (status, body) = match &ended {
+        Some(view) => (StatusCode::OK, Taken::Ended(Box::new(ExecutionDocument::of(view)))),
+        None if replayed => (StatusCode::OK, Taken::Accepted(Accepted::of(&submitted))),
+        None => (StatusCode::ACCEPTED, Taken::Accepted(Accepted::of(&submitted))),
+    };
+    let mut response = (status, Json(body)).into_response();
+    if let Ok(location) = HeaderValue::from_str(&format!("/tasks/{}", submitted.id)) {
         response.headers_mut().insert(header::LOCATION, location);
     }
+    if replayed {
+        response.headers_mut().insert("idempotent-replayed", HeaderValue::from_static("true"));
+    }
     Ok(response)
+}
+
+/// What a submission is answered with.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+#[serde(untagged)]
+enum Taken {
+    Ended(Box<ExecutionDocument>),
+    Accepted(Accepted),
+}
+
+/// The key of a submission; `None` where it has none.
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, Problem> {
+    const NAME: &str = "Idempotency-Key";
+    let mut values = headers.get_all(NAME).iter();
+    let Some(value) = values.next() else { return Ok(None) };
+    if values.next().is_some() {
+        return Err(Problem::invalid_field(NAME, "may be there once only"));
+    }
+    let key = value.to_str().unwrap_or_default().parse();
+    key.map(Some).map_err(|error: BadKey| Problem::invalid_field(NAME, error.to_string()))
 }
 
 /// Why a submission was not taken. `names` are fields that the caller knows under another name.
@@ -131,6 +177,18 @@ pub(crate) fn submit_problem(error: SubmitError, names: &[(&str, &str)]) -> Prob
         SubmitError::NotStored => {
             Problem::new(Code::Unavailable, "The task could not be stored in time. It does not run.")
         }
+        SubmitError::KeyReused => {
+            Problem::new(Code::IdempotencyMismatch, "The key was used for a submission with another body.")
+                .field("Idempotency-Key", "was used with another body")
+        }
+        SubmitError::KeyPending => Problem::new(
+            Code::Unavailable,
+            "Another submission with this key is not decided yet. Send it again to learn what became of it.",
+        ),
+        SubmitError::TooManyKeys => Problem::new(
+            Code::Unavailable,
+            "As many keys of the last 24 h are remembered as may. Without a key the task can be submitted.",
+        ),
     }
 }
 
@@ -213,7 +271,8 @@ async fn show(State(api): State<TasksApi>, Path(id): Path<String>) -> Result<Jso
 
 /// Delete an execution
 ///
-/// Cancelled if it still runs; then its events and its record are gone. Deleting again is 204 as well.
+/// Cancelled if it still runs; then its events and its record are gone, and the key of its submission is free. Deleting
+/// again is 204 as well.
 #[utoipa::path(
     delete, path = "/tasks/{execution_id}", tag = "tasks", params(("execution_id" = ExecutionId, Path)),
     responses((status = 204, description = "Gone")),

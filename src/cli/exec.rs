@@ -5,7 +5,7 @@ use super::connect::{Connect, secret_file, secret_variable};
 use super::exit::{Exit, Trouble};
 use super::tell::{remark, say};
 use super::values;
-use super::watch::{Watching, watch};
+use super::watch::{AGAIN, Watching, watch};
 use crate::client::{Client, ClientError};
 use crate::model::{ExecutionId, TaskId};
 use secrecy::SecretString;
@@ -14,6 +14,7 @@ use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::time::Duration;
+use tokio::time::Instant;
 use uuid::Uuid;
 
 /// The longest file or standard input that is read, in bytes. The sidecar takes less.
@@ -208,13 +209,13 @@ impl Exec {
         let task_id = TaskId(self.task_id.unwrap_or_else(Uuid::now_v7));
         let (body, key) = (self.body(task_id)?, self.api_key()?);
         if self.detach {
-            let id = submit(&client, body, key.as_ref(), task_id).await?;
+            let id = submit(&client, body, key.as_ref(), task_id, self.watching.reconnect_for).await?;
             writeln!(std::io::stdout(), "{id}")?;
             return Ok(Exit::Done);
         }
         let mut signals = Signals::new()?;
         let mut asked = None;
-        let mut submitting = pin!(submit(&client, body, key.as_ref(), task_id));
+        let mut submitting = pin!(submit(&client, body, key.as_ref(), task_id, self.watching.reconnect_for));
         let id = loop {
             tokio::select! {
                 submitted = &mut submitting => break submitted?,
@@ -242,18 +243,39 @@ fn not_known(task_id: TaskId) -> String {
     format!("it is not known whether the task was taken: `opencode-sidecar history --task-id {task_id}` tells")
 }
 
+/// Submits it. Where no answer comes it is submitted again, for `patience` and under the same key, so that it is taken once.
 async fn submit(
     client: &Client,
     body: Value,
     key: Option<&SecretString>,
     task_id: TaskId,
+    patience: Duration,
 ) -> Result<ExecutionId, Trouble> {
-    match client.submit(body, key).await {
-        Ok(accepted) => Ok(accepted.execution_id),
-        Err(error @ (ClientError::Unreachable(_) | ClientError::Unexpected(_))) if !error.was_not_sent() => {
-            Err(Trouble::Told(not_known(task_id), error))
+    let idempotency_key = Uuid::now_v7().to_string();
+    let mut lost: Option<Instant> = None;
+    loop {
+        let error = match client.submit(body.clone(), key, &idempotency_key).await {
+            Ok(accepted) => return Ok(accepted.execution_id),
+            Err(error) => error,
+        };
+        // Once a try may have been taken, only an answer says whether it was.
+        let in_doubt = match &error {
+            ClientError::Unreachable(_) => lost.is_some() || !error.was_not_sent(),
+            ClientError::Refused(refusal) => lost.is_some() && refusal.status >= 500,
+            ClientError::Unexpected(_) => return Err(Trouble::Told(not_known(task_id), error)),
+            _ => false,
+        };
+        if !in_doubt {
+            return Err(error.into());
         }
-        Err(error) => Err(error.into()),
+        let since = *lost.get_or_insert_with(|| {
+            remark(&format!("No answer ({error}). The task is submitted again, as the same one."));
+            Instant::now()
+        });
+        if since.elapsed() >= patience {
+            return Err(Trouble::Told(not_known(task_id), error));
+        }
+        tokio::time::sleep(AGAIN).await;
     }
 }
 

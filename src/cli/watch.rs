@@ -14,8 +14,8 @@ use std::io::{self, Write};
 use std::pin::{Pin, pin};
 use std::time::Duration;
 
-/// Between two attempts to cancel.
-const AGAIN: Duration = Duration::from_secs(1);
+/// Between two attempts to cancel, or to submit.
+pub(super) const AGAIN: Duration = Duration::from_secs(1);
 
 /// What Ctrl-C does, as the helps say it.
 pub(super) const CTRL_C: &str = "\

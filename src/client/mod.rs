@@ -120,16 +120,23 @@ impl Client {
         Ok(Self { http, base, secret })
     }
 
-    /// Submits a task: the body of `POST /tasks/execute`. `api_key` is put into its `model_config`.
+    /// Submits a task: the body of `POST /tasks/execute`. `api_key` is put into its `model_config`. With the same
+    /// `idempotency_key` (1 to 255 visible ASCII characters) it may be submitted again within 24 h: it is taken once.
     ///
     /// # Errors
     /// [`ClientError`]. After one that is [`ClientError::Unreachable`] and not
     /// [`ClientError::was_not_sent`], the task may have been taken.
-    pub async fn submit(&self, mut body: Value, api_key: Option<&SecretString>) -> Result<Accepted, ClientError> {
+    pub async fn submit(
+        &self,
+        mut body: Value,
+        api_key: Option<&SecretString>,
+        idempotency_key: &str,
+    ) -> Result<Accepted, ClientError> {
         if let Some(key) = api_key {
             body["model_config"]["api_key"] = json!(key.expose_secret());
         }
-        self.json(self.request(Method::POST, &["tasks", "execute"], &[]).json(&body)).await
+        let request = self.request(Method::POST, &["tasks", "execute"], &[]).header("idempotency-key", idempotency_key);
+        self.json(request.json(&body)).await
     }
 
     /// How an execution stands.

@@ -30,6 +30,7 @@ fn an_empty_environment_gives_the_contracts_defaults() {
         assert!(c.opencode_command.is_none() && c.backend_api_url.is_none() && !c.auth_off);
         assert_eq!((c.database_schema.as_str(), c.project_id.as_str()), ("opencode_sidecar", "default"));
         assert_eq!((c.log_level.as_str(), c.log_format), ("info", LogFormat::Json));
+        assert_eq!(c.retention, Some(TimeDelta::days(30)));
         assert_eq!((c.max_concurrent_tasks, c.max_queued_tasks, c.warm_pool_size), (5, 100, 0));
         assert_eq!((c.max_prompt_length, c.model_max_failures), (50_000, 5));
         assert_eq!(c.session_port_range, 20000..=20999);
@@ -68,6 +69,7 @@ fn each_variable_is_read_and_checked() {
         ("DATABASE_URL", "postgres://u:p@h/db", &["mysql://h/db", "h/db", "postgres"]),
         ("DATABASE_SCHEMA", "_a1", &["1a", "A", "a-b", "a\";drop", &long_schema]),
         ("PROJECT_ID", "p-1", &["a b", "ä", &long]),
+        ("RETENTION_DAYS", "0", &["-1", "1.5", "30d", "36501", "never"]),
         ("LOG_LEVEL", "info,opencode_sidecar=debug", &["inof", "loud=very", "a=b=c"]),
         ("LOG_FORMAT", "text", &["JSON", "xml"]),
         ("OPENCODE_SHARED_SECRET", "s3cret", &["two words", "line\n", "ä"]),

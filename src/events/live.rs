@@ -137,6 +137,15 @@ impl Writer {
         self.shared.queue.push(&self.live, vec![Write::Submit(Box::new(record))]);
     }
 
+    /// The record before its first event.
+    pub(super) fn submit_with(&self, record: ExecutionRecord, first: NewEvent) -> u64 {
+        self.enqueue(vec![first], |events, _| {
+            let mut writes = vec![Write::Submit(Box::new(record))];
+            writes.extend(events);
+            writes
+        })
+    }
+
     /// Appends an event; waits only while very much is queued. Returns its number.
     pub async fn append(&self, event: NewEvent) -> u64 {
         self.shared.queue.room().await;

@@ -1,8 +1,8 @@
 //! The event log: one per execution, one way in, one way out.
 //!
-//! - In: [`Writer::append`] and [`Writer::change`] give an event its number and queue it. The committer takes what
-//!   is queued in batches to the **commit point** and only then shows it: an event is durable before any reader
-//!   has it. Today the commit point is a transaction of `store` (see `commit`); a journal on local disk replaces
+//! - In: [`Events::begin`], [`Writer::append`] and [`Writer::change`] give an event its number and queue it. The
+//!   committer takes what is queued in batches to the **commit point** and only then shows it: an event is durable
+//!   before any reader has it. Today the commit point is a transaction of `store` (see `commit`); a journal on local disk replaces
 //!   exactly that call.
 //! - Out: [`Events::read`] by a cursor, the `seq`. REST pages, SSE, WebSocket and every other reader use it.
 //!   [`Events::head`] says how far a log goes now; it is a level and carries no event, so there is no buffer per
@@ -13,7 +13,7 @@ mod live;
 
 pub use live::{Head, Writer};
 
-use crate::model::event::{Event, EventType, Severity};
+use crate::model::event::{Event, EventType, NewEvent, Severity};
 use crate::model::{ExecutionId, ExecutionRecord, SessionRecord};
 use crate::store::{EventQuery, Store, StoreError, Write};
 use crate::tasks::Tasks;
@@ -83,6 +83,16 @@ impl Events {
             writer.submit(record);
         }
         writer
+    }
+
+    /// Opens the log of a new execution with its first event. The two are queued as one, so that they become durable
+    /// together. Returns the event's number too.
+    pub fn begin(&self, record: ExecutionRecord, first: NewEvent) -> (Writer, u64) {
+        let live = Arc::new(Live::new(record.clone()));
+        self.shared.lock_live().insert(record.id, Arc::clone(&live));
+        let writer = Writer::new(Arc::clone(&self.shared), live);
+        let seq = writer.submit_with(record, first);
+        (writer, seq)
     }
 
     /// Writes a session that outlives its executions, as it stands now; after this, whatever was queued before it and

@@ -6,10 +6,9 @@
 use super::admit::{self, Ceilings, FieldError, non_empty, prose, refuse};
 use super::kept::{Changes, Kept};
 use super::{Executions, Queued, SUBMIT_TIMEOUT, Shared, SubmitError, View, owner, queue};
-use crate::model::event::NewEvent;
 use crate::model::request::{ModelConfig, TaskRequest};
 use crate::model::task::{ModelChoice, Task};
-use crate::model::{ExecutionId, Reason, SessionId, SessionRecord, Status, TaskId};
+use crate::model::{ExecutionId, Reason, SessionId, SessionRecord, Status, Submitted, TaskId};
 use crate::opencode::profile::Profile;
 use crate::sessions::{SessionError, Wanted};
 use crate::store::{SessionCursor, SessionView, StoreError};
@@ -300,8 +299,7 @@ impl Executions {
         let request = TaskRequest::prompt(TaskId(kept.id().0), kept.id(), prompt);
         let (task, api_key) = kept.admit(request, &self.shared.settings.ceilings)?;
         let record = self.record(task, Some(kept)).map_err(|_| CreateError::ShuttingDown)?;
-        let owner = self.adopt(record, Some(Arc::clone(kept)));
-        let seq = owner.writer.append(NewEvent::status(Status::Pending, None, None)).await;
+        let (owner, seq) = self.begin(record, Some(Arc::clone(kept)));
         let stored = tokio::time::timeout(SUBMIT_TIMEOUT, owner.writer.committed(seq)).await;
         if stored != Ok(true) {
             let service = self.clone();
@@ -341,12 +339,8 @@ impl Executions {
     ///
     /// # Errors
     /// [`SubmitError`]
-    pub async fn prompt_session(
-        &self,
-        id: SessionId,
-        text: String,
-    ) -> Result<Arc<crate::model::ExecutionRecord>, SubmitError> {
-        self.submit(TaskRequest::prompt(TaskId(id.0), id, text)).await
+    pub async fn prompt_session(&self, id: SessionId, text: String) -> Result<Submitted, SubmitError> {
+        Ok(self.submit(TaskRequest::prompt(TaskId(id.0), id, text), None).await?.submitted)
     }
 
     /// Ends a session: no further execution, those that wait or run are cancelled, its process and its directories

@@ -1,20 +1,24 @@
 //! Executions: taken in, queued, run, cancelled, ended, forgotten.
 //!
 //! - `admit`: from a request to a task, or to the field that is wrong; `models`: the same for its `model_config`.
+//! - `idempotency`: which submissions are known by their key.
 //! - `queue`: who runs and who waits, pure.
 //! - `conversations`: sessions that callers make: made, prompted, ended, listed.
 //! - `kept`: one of them: its executions and what becomes of its process.
 //! - `terminals`: shells in such sessions.
 //! - `owner`: the life of one execution, from its turn to its last event.
+//! - `retention`: forgets what is old.
 //!
 //! Statuses are decided by `model::execution` alone; this module carries out what it says.
 
 mod admit;
 mod conversations;
+mod idempotency;
 mod kept;
 mod models;
 mod owner;
 mod queue;
+mod retention;
 mod terminals;
 
 pub use crate::sessions::{MAX_TERMINALS, Terminal, TerminalSize};
@@ -23,16 +27,17 @@ pub use conversations::{CreateError, CreateSession, NewSession, SessionState};
 pub use kept::Changes;
 pub use terminals::OpenTerminalError;
 
-use crate::events::{Events, Head};
+use crate::events::{Events, Head, Writer};
 use crate::model::event::NewEvent;
 use crate::model::request::TaskRequest;
-use crate::model::{ExecutionId, ExecutionRecord, Reason, SessionId, Status, Task};
+use crate::model::{ExecutionId, ExecutionRecord, Idempotency, Reason, SessionId, Status, Submitted, Task};
 use crate::sessions::Sessions;
 use crate::store::{Cursor, HistoryFilter, Store, StoreError};
 use crate::tasks::Tasks;
 use crate::telemetry::Metrics;
 use crate::workspace::Workspace;
-use chrono::Utc;
+use chrono::{TimeDelta, Utc};
+use idempotency::{Claim, KeyError, Keys, Known};
 use kept::Kept;
 use owner::Owner;
 use queue::Admission;
@@ -63,6 +68,8 @@ pub struct Settings {
     pub session_idle: Duration,
     /// The most sessions of callers that are open at once; beyond it the one that has rested longest ends.
     pub max_open: usize,
+    /// How long what has ended is kept; `None`: for ever.
+    pub retention: Option<TimeDelta>,
 }
 
 /// The service. Cheap to clone.
@@ -84,6 +91,7 @@ struct Shared {
     live: Mutex<HashMap<ExecutionId, Arc<Owner>>>,
     /// Sessions that callers made and that have not ended; `None` while one is being made.
     kept: Mutex<HashMap<SessionId, Option<Arc<Kept>>>>,
+    keys: Arc<Keys>,
     live_count: watch::Sender<usize>,
     closing: AtomicBool,
     abandoned: AtomicUsize,
@@ -111,6 +119,20 @@ pub enum SubmitError {
     ShuttingDown,
     #[error("the submission could not be stored in time")]
     NotStored,
+    #[error("the idempotency key stands for another submission")]
+    KeyReused,
+    #[error("a submission with the same idempotency key is not decided yet")]
+    KeyPending,
+    #[error("as many idempotency keys are remembered as may")]
+    TooManyKeys,
+}
+
+/// A submission that was taken.
+#[derive(Clone, Debug)]
+pub struct Submission {
+    pub submitted: Submitted,
+    /// It had been taken before, under the same key.
+    pub replayed: bool,
 }
 
 /// How an execution stands, for whoever asks.
@@ -146,6 +168,7 @@ impl Executions {
                 admission,
                 live: Mutex::default(),
                 kept: Mutex::default(),
+                keys: Arc::new(Keys::new(idempotency::MOST)),
                 live_count: watch::Sender::new(0),
                 closing: AtomicBool::new(false),
                 abandoned: AtomicUsize::new(0),
@@ -154,16 +177,21 @@ impl Executions {
     }
 
     /// Ends what an earlier life of this instance left unfinished: its processes are gone (each jail ends its own
-    /// with the sidecar), so the executions were interrupted. Call it before anything is taken in.
+    /// with the sidecar), so the executions were interrupted. Learns which keys were used in the last 24 h. Call it before
+    /// anything is taken in.
     ///
     /// # Errors
     /// Where the database cannot be asked.
     pub async fn recover(&self) -> Result<usize, StoreError> {
-        let left = self.shared.store.unfinished(self.shared.settings.owner).await?;
+        let (store, project) = (&self.shared.store, &self.shared.settings.project);
+        let since = Utc::now() - idempotency::LIFE;
+        self.shared.keys.remember(store.submitted_with_key(project, since, idempotency::MOST).await?);
+        let left = store.unfinished(self.shared.settings.owner).await?;
         let count = left.len();
         for record in left {
             tracing::warn!(execution = %record.id, status = record.status.as_str(), "an execution was interrupted by the end of the sidecar");
-            let owner = self.adopt(record, None);
+            let writer = self.shared.events.open(record.clone());
+            let owner = self.adopt(record, writer, None);
             owner.end_now(Reason::Interrupted, "The sidecar or its node went away while the task was running.").await;
             self.forget(&owner);
         }
@@ -174,8 +202,14 @@ impl Executions {
         Ok(count)
     }
 
-    fn adopt(&self, record: ExecutionRecord, kept: Option<Arc<Kept>>) -> Arc<Owner> {
-        let writer = self.shared.events.open(record.clone());
+    /// A new execution: its record and its first event are queued as one.
+    fn begin(&self, record: ExecutionRecord, kept: Option<Arc<Kept>>) -> (Arc<Owner>, u64) {
+        let pending = NewEvent::status(Status::Pending, None, None);
+        let (writer, seq) = self.shared.events.begin(record.clone(), pending);
+        (self.adopt(record, writer, kept), seq)
+    }
+
+    fn adopt(&self, record: ExecutionRecord, writer: Writer, kept: Option<Arc<Kept>>) -> Arc<Owner> {
         let owner = Arc::new(Owner::new(record, writer, kept));
         let mut live = self.shared.lock_live();
         live.insert(owner.id, Arc::clone(&owner));
@@ -198,9 +232,23 @@ impl Executions {
     /// Takes a task in: it is durable when this returns, and runs when its turn comes. Goes on to its end even
     /// where the caller does not wait for it.
     ///
+    /// With a key that stands for the same submission already, nothing is taken in, whatever else stands in the way: what
+    /// was taken then is returned. One that comes while the first is not decided yet waits for that.
+    ///
     /// # Errors
-    /// [`SubmitError`]; nothing of it runs then.
-    pub async fn submit(&self, request: TaskRequest) -> Result<Arc<ExecutionRecord>, SubmitError> {
+    /// [`SubmitError`]; nothing of it runs then, and its key is as free as before.
+    pub async fn submit(
+        &self,
+        request: TaskRequest,
+        idempotency: Option<Idempotency>,
+    ) -> Result<Submission, SubmitError> {
+        let claim = match idempotency {
+            None => None,
+            Some(idempotency) => match self.claim(idempotency).await? {
+                Ok(claim) => Some(claim),
+                Err(submitted) => return Ok(Submission { submitted, replayed: true }),
+            },
+        };
         let kept = request.session_id.map(|id| self.kept(id).ok_or(SubmitError::UnknownSession)).transpose()?;
         let ceilings = &self.shared.settings.ceilings;
         let (task, api_key) = match &kept {
@@ -216,8 +264,29 @@ impl Executions {
         // A place is held before anything is written, so that what is durable also runs.
         self.shared.lock_admission().reserve().map_err(|queue::Full| SubmitError::QueueFull)?;
         let service = self.clone();
-        let taken_in = self.shared.tasks.spawn("submit", async move { service.take_in(task, api_key, kept).await });
-        taken_in.await.unwrap_or(Err(SubmitError::NotStored))
+        let taken_in =
+            self.shared.tasks.spawn("submit", async move { service.take_in(task, api_key, kept, claim).await });
+        let submitted = taken_in.await.unwrap_or(Err(SubmitError::NotStored))?;
+        Ok(Submission { submitted, replayed: false })
+    }
+
+    /// Claims a key, or gives (`Err`) what was taken under it.
+    async fn claim(&self, idempotency: Idempotency) -> Result<Result<Claim, Submitted>, SubmitError> {
+        let deadline = Instant::now() + SUBMIT_TIMEOUT;
+        loop {
+            match self.shared.keys.ask(idempotency.clone(), Utc::now()) {
+                Ok(Known::No(claim)) => return Ok(Ok(claim)),
+                Ok(Known::Yes(submitted)) => return Ok(Err(submitted)),
+                Ok(Known::Soon(mut decided)) => {
+                    // It never changes: it closes.
+                    if tokio::time::timeout_at(deadline, decided.changed()).await.is_err() {
+                        return Err(SubmitError::KeyPending);
+                    }
+                }
+                Err(KeyError::Mismatch) => return Err(SubmitError::KeyReused),
+                Err(KeyError::Full) => return Err(SubmitError::TooManyKeys),
+            }
+        }
     }
 
     /// A new execution, given its place where it is one of a caller's session.
@@ -237,14 +306,16 @@ impl Executions {
         task: Task,
         api_key: SecretString,
         kept: Option<Arc<Kept>>,
-    ) -> Result<Arc<ExecutionRecord>, SubmitError> {
+        claim: Option<Claim>,
+    ) -> Result<Submitted, SubmitError> {
         let session = kept.as_ref().map(|kept| kept.id());
-        let Ok(record) = self.record(task, kept.as_deref()) else {
+        let Ok(mut record) = self.record(task, kept.as_deref()) else {
             self.shared.lock_admission().release();
             return Err(SubmitError::SessionEnded);
         };
-        let owner = self.adopt(record.clone(), kept);
-        let seq = owner.writer.append(NewEvent::status(Status::Pending, None, None)).await;
+        record.idempotency = claim.as_ref().map(|claim| claim.idempotency().clone());
+        let submitted = record.submitted();
+        let (owner, seq) = self.begin(record, kept);
         let stored = tokio::time::timeout(SUBMIT_TIMEOUT, owner.writer.committed(seq)).await;
         let mut admission = self.shared.lock_admission();
         // Looked at under the lock: who comes after the shutdown has emptied the queue must not get into it.
@@ -252,15 +323,19 @@ impl Executions {
             Ok(true) if !self.shared.closing.load(Ordering::SeqCst) => {
                 admission.enqueue(owner.id, session, Queued { owner, api_key });
                 drop(admission);
+                if let Some(claim) = claim {
+                    claim.taken(submitted.clone());
+                }
                 self.start_next();
-                return Ok(Arc::new(record));
+                return Ok(submitted);
             }
             Ok(true) => SubmitError::ShuttingDown,
             _ => SubmitError::NotStored,
         };
         admission.release();
         drop(admission);
-        // Where it is written after all, once the database is back, it is as one that never ran.
+        // Where it is written after all, once the database is back, it is as one that never ran, and has no key.
+        owner.give_key_back();
         let service = self.clone();
         self.shared.tasks.spawn("withdraw", async move {
             owner.end_now(Reason::Interrupted, "The submission was refused, and the task did not run.").await;
@@ -374,16 +449,19 @@ impl Executions {
     }
 
     /// Ends an execution if it still runs, and removes its record and its events for good. `false` where it could
-    /// not be ended in time, and is still there.
+    /// not be ended in time, and is still there. Its key goes with it.
     ///
     /// # Errors
     /// Where the database cannot be asked.
     pub async fn delete(&self, id: ExecutionId, patience: Duration) -> Result<bool, StoreError> {
-        self.cancel(id, Some("the execution is deleted"), patience).await?;
+        let view = self.cancel(id, Some("the execution is deleted"), patience).await?;
         if self.shared.events.head(id).is_some_and(|head| !head.borrow().ended) {
             return Ok(false);
         }
         self.shared.store.delete(&self.shared.settings.project, id).await?;
+        if let Some(idempotency) = view.and_then(|view| view.record.idempotency.clone()) {
+            self.shared.keys.forget(&idempotency, id);
+        }
         Ok(true)
     }
 

@@ -60,6 +60,11 @@ impl Owner {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Its submission is refused: from the next change of its record on it has no key.
+    pub(super) fn give_key_back(&self) {
+        self.lock().record.idempotency = None;
+    }
+
     pub(super) fn created_at(&self) -> DateTime<Utc> {
         self.lock().record.created_at
     }

@@ -6,6 +6,7 @@
 pub mod event;
 pub mod execution;
 pub mod id;
+pub mod idempotency;
 pub mod record;
 pub mod request;
 pub mod session;
@@ -14,6 +15,7 @@ pub mod task;
 pub use event::{Event, EventType, NewEvent, Severity};
 pub use execution::{Reason, Status};
 pub use id::{ExecutionId, SessionId, TaskId};
+pub use idempotency::{Fingerprint, Idempotency, IdempotencyKey, Submitted};
 pub use record::{ExecutionRecord, Usage};
 pub use session::{SessionEventId, SessionRecord};
 pub use task::Task;

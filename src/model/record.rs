@@ -1,7 +1,7 @@
 //! What is kept of an execution beside its log.
 
 use super::execution::State;
-use super::{ExecutionId, Reason, SessionId, Status, Task};
+use super::{ExecutionId, Idempotency, Reason, SessionId, Status, Submitted, Task};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use std::num::NonZeroU32;
@@ -53,6 +53,8 @@ pub struct ExecutionRecord {
     pub error: Option<String>,
     pub files_modified: Vec<String>,
     pub usage: Usage,
+    /// The key that it was submitted with; `None` without one, and where the submission was refused after all.
+    pub idempotency: Option<Idempotency>,
 }
 
 impl ExecutionRecord {
@@ -78,7 +80,13 @@ impl ExecutionRecord {
             error: None,
             files_modified: Vec::new(),
             usage: Usage::default(),
+            idempotency: None,
         }
+    }
+
+    /// What the answer to its submission says of it.
+    pub fn submitted(&self) -> Submitted {
+        Submitted { id: self.id, task_id: self.task.task_id, session_id: self.session_id, created_at: self.created_at }
     }
 
     /// Time on its own clock, in milliseconds; `None` before it started.

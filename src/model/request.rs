@@ -2,11 +2,11 @@
 
 use super::{SessionId, TaskId};
 use secrecy::SecretString;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
 /// The body of `POST /tasks/execute`. Unknown fields are refused.
-#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TaskRequest {
     /// The caller's own id of the task.
@@ -77,8 +77,13 @@ impl TaskRequest {
     }
 }
 
+/// A credential is written as if there were none.
+fn withheld<S: Serializer>(_: &Option<SecretString>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_none()
+}
+
 /// A model and how to call it.
-#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
     /// `openai`, `anthropic`, `local` or `custom`. `anthropic` speaks Anthropic's messages API, the others OpenAI's chat
@@ -87,12 +92,12 @@ pub struct ModelConfig {
     /// The provider's name of the model.
     pub model: String,
     /// The provider's key. It stays in the sidecar. `openai` and `anthropic` need one.
-    #[serde(default)]
+    #[serde(default, serialize_with = "withheld")]
     #[schema(value_type = Option<String>, write_only)]
     pub api_key: Option<SecretString>,
     /// The same, encrypted: base64 of a nonce of 12 bytes, the ciphertext and a tag of 16 bytes, AES-256-GCM under
     /// `ENCRYPTION_KEY` or `ENCRYPTION_KEY_PREVIOUS`, without additional data. Not together with `api_key`.
-    #[serde(default)]
+    #[serde(default, serialize_with = "withheld")]
     #[schema(value_type = Option<String>, write_only)]
     pub api_key_encrypted: Option<SecretString>,
     /// 0 to 2; for `anthropic` 0 to 1. It is sent with each call, those of sub-agents too. Without it none is sent, but
@@ -127,7 +132,7 @@ pub struct ModelConfig {
 }
 
 /// Ceilings that a task asks for.
-#[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Default, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LimitsRequest {
     /// Memory of all processes of the session together; at least 256 MiB.
@@ -157,7 +162,7 @@ pub struct LimitsRequest {
 }
 
 /// What the agent may do without asking.
-#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PermissionsRequest {
     /// Only `allow` in this version.
@@ -172,7 +177,7 @@ pub struct PermissionsRequest {
 }
 
 /// Who decides about the agent's actions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum PermissionMode {
     Allow,
@@ -181,7 +186,7 @@ pub enum PermissionMode {
 }
 
 /// What becomes of an execution when the sidecar restarts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnRestart {
     Fail,

@@ -1,8 +1,10 @@
 //! Reading: one execution, the history, pages of a log, what an earlier life left unfinished.
 
-use super::row::{EventRow, ExecutionRow, bigint};
+use super::row::{EventRow, ExecutionRow, bigint, idempotency_of};
 use super::{Store, StoreError};
-use crate::model::{Event, EventType, ExecutionId, ExecutionRecord, SessionId, Severity, Status, TaskId};
+use crate::model::{
+    Event, EventType, ExecutionId, ExecutionRecord, Idempotency, SessionId, Severity, Status, Submitted, TaskId,
+};
 use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -56,7 +58,8 @@ impl Store {
             ExecutionRow,
             r#"SELECT id, project_id, owner, session_id, ordinal, status, reason, progress, last_seq, task::text AS "task!",
                       protections, final_message, error, files_modified, usage::text AS "usage!",
-                      created_at, started_at, completed_at, paused_ms
+                      created_at, started_at, completed_at, paused_ms,
+                      idempotency_caller, idempotency_key, fingerprint
                FROM executions WHERE project_id = $1 AND id = $2"#,
             project,
             id.0
@@ -80,7 +83,8 @@ impl Store {
             ExecutionRow,
             r#"SELECT id, project_id, owner, session_id, ordinal, status, reason, progress, last_seq, task::text AS "task!",
                       protections, final_message, error, files_modified, usage::text AS "usage!",
-                      created_at, started_at, completed_at, paused_ms
+                      created_at, started_at, completed_at, paused_ms,
+                      idempotency_caller, idempotency_key, fingerprint
                FROM executions
                WHERE project_id = $1
                  AND ($2::uuid IS NULL OR task_id = $2)
@@ -142,11 +146,48 @@ impl Store {
             ExecutionRow,
             r#"SELECT id, project_id, owner, session_id, ordinal, status, reason, progress, last_seq, task::text AS "task!",
                       protections, final_message, error, files_modified, usage::text AS "usage!",
-                      created_at, started_at, completed_at, paused_ms
+                      created_at, started_at, completed_at, paused_ms,
+                      idempotency_caller, idempotency_key, fingerprint
                FROM executions WHERE owner = $1 AND completed_at IS NULL ORDER BY created_at, id"#,
             owner
         );
         let rows = self.run(async |connection: &mut PgConnection| Ok(query.fetch_all(connection).await?)).await?;
         rows.into_iter().map(ExecutionRecord::try_from).collect()
+    }
+
+    /// The executions of the project that were submitted with a key after `since`, newest first, at most `limit`.
+    ///
+    /// # Errors
+    /// [`StoreError`]; `Corrupt` where a row cannot be read.
+    pub async fn submitted_with_key(
+        &self,
+        project: &str,
+        since: DateTime<Utc>,
+        limit: u32,
+    ) -> Result<Vec<(Idempotency, Submitted)>, StoreError> {
+        let query = sqlx::query!(
+            r#"SELECT id, task_id, session_id, created_at, idempotency_caller AS "caller!", idempotency_key AS "key!",
+                      fingerprint AS "fingerprint!"
+               FROM executions
+               WHERE project_id = $1 AND idempotency_key IS NOT NULL AND created_at > $2
+               ORDER BY created_at DESC LIMIT $3"#,
+            project,
+            since,
+            i64::from(limit)
+        );
+        let rows = self.run(async |connection: &mut PgConnection| Ok(query.fetch_all(connection).await?)).await?;
+        rows.into_iter()
+            .map(|row| {
+                let idempotency = idempotency_of(row.caller, &row.key, &row.fingerprint)
+                    .map_err(|column| StoreError::Corrupt(format!("execution {}, column {column}", row.id)))?;
+                let submitted = Submitted {
+                    id: ExecutionId(row.id),
+                    task_id: TaskId(row.task_id),
+                    session_id: SessionId(row.session_id),
+                    created_at: row.created_at,
+                };
+                Ok((idempotency, submitted))
+            })
+            .collect()
     }
 }

@@ -2,7 +2,8 @@
 
 use super::StoreError;
 use crate::model::{
-    Event, EventType, ExecutionId, ExecutionRecord, Reason, SessionId, SessionRecord, Severity, Status,
+    Event, EventType, ExecutionId, ExecutionRecord, Fingerprint, Idempotency, Reason, SessionId, SessionRecord,
+    Severity, Status,
 };
 use chrono::{DateTime, Utc};
 use std::borrow::Cow;
@@ -31,6 +32,9 @@ pub(super) struct ExecutionRow {
     pub(super) started_at: Option<DateTime<Utc>>,
     pub(super) completed_at: Option<DateTime<Utc>>,
     pub(super) paused_ms: i64,
+    pub(super) idempotency_caller: Option<String>,
+    pub(super) idempotency_key: Option<String>,
+    pub(super) fingerprint: Option<Vec<u8>>,
 }
 
 impl TryFrom<ExecutionRow> for ExecutionRecord {
@@ -62,8 +66,24 @@ impl TryFrom<ExecutionRow> for ExecutionRecord {
             error: row.error,
             files_modified: row.files_modified,
             usage: serde_json::from_str(&row.usage).map_err(|_| corrupt("usage"))?,
+            idempotency: match (row.idempotency_caller, row.idempotency_key, row.fingerprint) {
+                (None, None, None) => None,
+                (Some(caller), Some(key), Some(fingerprint)) => {
+                    Some(idempotency_of(caller, &key, &fingerprint).map_err(corrupt)?)
+                }
+                _ => return Err(corrupt("idempotency_key")),
+            },
         })
     }
+}
+
+/// The columns of a key; the name of the one that cannot be read.
+pub(super) fn idempotency_of(caller: String, key: &str, fingerprint: &[u8]) -> Result<Idempotency, &'static str> {
+    Ok(Idempotency {
+        caller,
+        key: key.parse().map_err(|_| "idempotency_key")?,
+        fingerprint: Fingerprint(fingerprint.try_into().map_err(|_| "fingerprint")?),
+    })
 }
 
 /// A row of `execution_events`, its envelope as text.

@@ -173,13 +173,16 @@ fn json<T: serde::Serialize>(value: &T) -> Result<String, StoreError> {
 
 /// `false` where it is there already.
 async fn insert(connection: &mut PgConnection, record: &ExecutionRecord) -> Result<bool, StoreError> {
+    let idempotency = record.idempotency.as_ref();
+    let caller = idempotency.map(|of| text(&of.caller));
     let (final_message, error) = (record.final_message.as_deref().map(text), record.error.as_deref().map(text));
     let done = sqlx::query!(
         r#"INSERT INTO executions
              (id, project_id, owner, task_id, session_id, status, reason, progress, last_seq, task, protections,
-              final_message, files_modified, usage, created_at, started_at, completed_at, paused_ms, ordinal, error)
+              final_message, files_modified, usage, created_at, started_at, completed_at, paused_ms, ordinal, error,
+              idempotency_caller, idempotency_key, fingerprint)
            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10::text::json, $11, $12, $13, $14::text::json, $15, $16, $17, $18,
-                   $19, $20)
+                   $19, $20, $21, $22, $23)
            ON CONFLICT DO NOTHING"#,
         record.id.0,
         &*text(&record.project_id),
@@ -200,7 +203,10 @@ async fn insert(connection: &mut PgConnection, record: &ExecutionRecord) -> Resu
         record.completed_at,
         bigint(record.paused_ms),
         record.ordinal.map(integer),
-        error.as_deref()
+        error.as_deref(),
+        caller.as_deref(),
+        idempotency.map(|of| of.key.as_str()),
+        idempotency.map(|of| &of.fingerprint.0[..])
     )
     .execute(connection)
     .await?;
@@ -272,7 +278,11 @@ async fn replace(
         r#"UPDATE executions
            SET status = $3, reason = $4, progress = $5, last_seq = GREATEST(last_seq, $6), protections = $7,
                final_message = $8, files_modified = $9, usage = $10::text::json,
-               started_at = $11, completed_at = $12, paused_ms = $13, error = $14
+               started_at = $11, completed_at = $12, paused_ms = $13, error = $14,
+               -- A submission that was refused after all gives its key back.
+               idempotency_caller = CASE WHEN $15 THEN idempotency_caller END,
+               idempotency_key = CASE WHEN $15 THEN idempotency_key END,
+               fingerprint = CASE WHEN $15 THEN fingerprint END
            WHERE id = $1 AND status = $2"#,
         record.id.0,
         expected.as_str(),
@@ -287,7 +297,8 @@ async fn replace(
         record.started_at,
         record.completed_at,
         bigint(record.paused_ms),
-        error.as_deref()
+        error.as_deref(),
+        record.idempotency.is_some()
     )
     .execute(connection)
     .await?;

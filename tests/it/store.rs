@@ -2,13 +2,16 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
+mod keys;
+mod retention;
 mod sessions;
 
 use crate::support::postgres::fresh_database;
 use chrono::{DateTime, TimeDelta, Utc};
 use opencode_sidecar::model::task::{Limits, ModelChoice, Provider};
 use opencode_sidecar::model::{
-    Event, EventType, ExecutionId, ExecutionRecord, NewEvent, Reason, SessionId, Severity, Status, Task, TaskId, Usage,
+    Event, EventType, ExecutionId, ExecutionRecord, Fingerprint, Idempotency, NewEvent, Reason, SessionId, Severity,
+    Status, Task, TaskId, Usage,
 };
 use opencode_sidecar::store::{Cursor, DatabaseOptions, EventQuery, HistoryFilter, Store, StoreError, Write};
 use secrecy::ExposeSecret;
@@ -73,6 +76,12 @@ pub(crate) fn pending() -> ExecutionRecord {
         error: None,
         files_modified: vec![],
         usage: Usage::default(),
+        // The same in each: the rows of several may have one key.
+        idempotency: Some(Idempotency {
+            caller: "shared-secret".to_owned(),
+            key: "~key~".parse().unwrap(),
+            fingerprint: Fingerprint([0xfe; 32]),
+        }),
     }
 }
 
@@ -129,7 +138,7 @@ fn all() -> EventQuery {
     EventQuery { after: 0, limit: 1000, types: None, severities: None }
 }
 
-async fn row(store: &Store, record: &ExecutionRecord) -> ExecutionRecord {
+pub(crate) async fn row(store: &Store, record: &ExecutionRecord) -> ExecutionRecord {
     store.execution(&record.project_id, record.id).await.unwrap().unwrap()
 }
 

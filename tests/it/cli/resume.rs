@@ -12,12 +12,15 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
-/// Stands between a caller and a sidecar, and cuts the connections that carry a stream.
+/// The requests of a stream.
+const STREAMS: &str = "/stream?after=";
+
+/// Stands between a caller and a sidecar, and cuts the connections that carry some requests.
 struct Proxy {
     url: String,
     /// Where the sidecar listens now.
     upstream: Arc<Mutex<String>>,
-    /// Bytes that the next streams may answer with before they are cut; when it is empty, none is cut.
+    /// Bytes that the next such requests may be answered with before they are cut; when it is empty, none is cut.
     budgets: Arc<Mutex<Vec<usize>>>,
     /// Cuts all connections and takes no new ones.
     gone: CancellationToken,
@@ -25,6 +28,11 @@ struct Proxy {
 
 impl Proxy {
     async fn start(tasks: &Tasks, sidecar: &Sidecar, budgets: &[usize]) -> Self {
+        Self::cutting(STREAMS, tasks, sidecar, budgets).await
+    }
+
+    /// Cuts the requests that have these words.
+    async fn cutting(words: &'static str, tasks: &Tasks, sidecar: &Sidecar, budgets: &[usize]) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let budgets: Arc<Mutex<Vec<usize>>> = Arc::new(Mutex::new(budgets.iter().rev().copied().collect()));
@@ -37,7 +45,7 @@ impl Proxy {
                 let address = address.lock().unwrap().clone();
                 // A sidecar that is not there is one that hangs up.
                 let Ok(server) = TcpStream::connect(address).await else { continue };
-                let connection = carry(client, server, left.clone());
+                let connection = carry(words, client, server, left.clone());
                 let end = end.clone();
                 all.spawn("connection", async move {
                     tokio::select! {
@@ -59,17 +67,18 @@ impl Proxy {
 }
 
 /// Carries one connection until either side ends it, or its budget is used up.
-async fn carry(client: TcpStream, server: TcpStream, budgets: Arc<Mutex<Vec<usize>>>) {
+async fn carry(words: &'static str, client: TcpStream, server: TcpStream, budgets: Arc<Mutex<Vec<usize>>>) {
     let (from_client, to_client) = client.into_split();
     let (from_server, to_server) = server.into_split();
     let budget = Arc::new(Mutex::new(None));
     tokio::select! {
-        () = asks(from_client, to_server, budgets, budget.clone()) => {}
+        () = asks(words, from_client, to_server, budgets, budget.clone()) => {}
         () = answers(from_server, to_client, budget) => {}
     }
 }
 
 async fn asks(
+    words: &'static str,
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
     budgets: Arc<Mutex<Vec<usize>>>,
@@ -78,7 +87,7 @@ async fn asks(
     let mut buffer = vec![0; 65_536];
     while let Ok(count @ 1..) = from.read(&mut buffer).await {
         // A request comes in one piece here.
-        if String::from_utf8_lossy(&buffer[..count]).contains("/stream?after=") {
+        if String::from_utf8_lossy(&buffer[..count]).contains(words) {
             *budget.lock().unwrap() = budgets.lock().unwrap().pop();
         }
         if to.write_all(&buffer[..count]).await.is_err() {
@@ -177,6 +186,34 @@ async fn a_restart_of_the_sidecar_is_seen_to_its_end() {
     *proxy.upstream.lock().unwrap() = sidecar.address().to_owned();
     let done = running.done().await;
     assert!(done.assert(3).stdout.contains("● failed (interrupted)"), "{}", done.stdout);
+    proxy.gone.cancel();
+    sidecar.stop().await;
+}
+
+#[tokio::test]
+async fn a_submission_without_an_answer_is_sent_again_and_taken_once() {
+    let world = World::new().await;
+    let sidecar = world.start(&[]).await;
+    let tasks = Tasks::new();
+    // The sidecar has answered each time, and nothing of it, or not all, comes through.
+    let proxy = Proxy::cutting("POST /tasks/execute", &tasks, &sidecar, &[0, 30]).await;
+    let caller = Caller::new(&proxy.url, &sidecar.secret);
+    let prompt = Script::new().text("Done.").to_prompt("Go.");
+    let done = caller.run(&["exec", "--json", &prompt]).await;
+    assert_log(&done.assert(0).json());
+    assert!(proxy.budgets.lock().unwrap().is_empty(), "every cut was met");
+    assert_eq!(done.stderr.matches("submitted again, as the same one").count(), 1, "{}", done.stderr);
+    assert_eq!(sidecar.get("/tasks").await["executions"].as_array().unwrap().len(), 1);
+
+    // It is given up in the end, and said how to find out.
+    proxy.budgets.lock().unwrap().extend([0; 100]);
+    let task = uuid::Uuid::new_v4().to_string();
+    let done = caller.run(&["exec", "--task-id", &task, "--reconnect-for", "1s", &prompt]).await;
+    done.assert(7);
+    assert!(done.stderr.contains(&format!("opencode-sidecar history --task-id {task}")), "{}", done.stderr);
+    let found = sidecar.get(&format!("/tasks?task_id={task}")).await["executions"].clone();
+    assert_eq!(found.as_array().unwrap().len(), 1);
+    sidecar.finished(found[0]["execution_id"].as_str().unwrap()).await;
     proxy.gone.cancel();
     sidecar.stop().await;
 }

@@ -3,10 +3,12 @@
 mod bad_input;
 mod ending;
 mod faults;
+mod idempotency;
 mod life;
 mod main_job;
 mod model_config;
 mod queue;
+mod retention;
 mod sandboxed;
 mod secrets;
 mod streams;

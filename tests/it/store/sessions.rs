@@ -9,7 +9,7 @@ use opencode_sidecar::store::{SessionCursor, Store, Write};
 use std::num::NonZeroU32;
 use uuid::Uuid;
 
-fn session() -> SessionRecord {
+pub(super) fn session() -> SessionRecord {
     SessionRecord {
         id: SessionId::new(),
         project_id: PROJECT.to_owned(),
@@ -22,11 +22,11 @@ fn session() -> SessionRecord {
     }
 }
 
-fn ended(record: &SessionRecord) -> SessionRecord {
+pub(super) fn ended(record: &SessionRecord) -> SessionRecord {
     SessionRecord { ended_at: Some(at(9)), ..record.clone() }
 }
 
-fn put(record: &SessionRecord) -> Write {
+pub(super) fn put(record: &SessionRecord) -> Write {
     Write::Session(Box::new(record.clone()))
 }
 
@@ -35,7 +35,7 @@ fn place(ordinal: u32) -> NonZeroU32 {
 }
 
 /// An execution at a place of a session.
-fn in_session(id: SessionId, ordinal: u32) -> ExecutionRecord {
+pub(super) fn in_session(id: SessionId, ordinal: u32) -> ExecutionRecord {
     ExecutionRecord { session_id: id, ordinal: Some(place(ordinal)), ..pending() }
 }
 
