@@ -304,6 +304,7 @@ impl App {
             metrics.clone(),
             warm_for,
         );
+        sessions.open_workspace().await;
         let executions = Executions::new(
             executions::Settings {
                 project: config.project_id.clone(),

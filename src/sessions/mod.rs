@@ -71,8 +71,8 @@ pub struct Settings {
     pub warm: usize,
 }
 
-/// How long it may take to open the workspace to its group.
-const OPEN_WORKSPACE: Duration = Duration::from_secs(60);
+/// How long it may take to open the workspace to its group: the sidecar takes no task meanwhile.
+const OPEN_WORKSPACE: Duration = Duration::from_secs(10);
 
 /// Counts a session as one that runs a task, for as long as this lives.
 #[derive(Debug)]
@@ -145,10 +145,6 @@ impl Sessions {
                 pool,
             }),
         };
-        if sessions.shared.identities.is_some() {
-            let shared = Arc::clone(&sessions.shared);
-            sessions.shared.tasks.spawn("open workspace", async move { open_workspace(&shared).await });
-        }
         if let Some(wanted) = warm_for
             && sessions.shared.settings.warm > 0
             && sessions.shared.settings.refused.is_none()
@@ -157,6 +153,27 @@ impl Sessions {
             sessions.shared.tasks.spawn("warm pool", async move { pool::fill(filler, wanted).await });
         }
         sessions
+    }
+
+    /// Opens what is the sidecar's own in the workspace to its group, where sessions are other users. It may have been put
+    /// there before there was a sidecar, or by one whose sessions were of its own user. To be done before the first task.
+    pub async fn open_workspace(&self) {
+        let Shared { settings, sandbox, identities: Some(_), .. } = &*self.shared else { return };
+        let workspace = settings.workspace.as_path();
+        let confinement = confinement::workspace_only(workspace);
+        match sandbox.share(None, &confinement, workspace, OPEN_WORKSPACE).await {
+            Ok(opened) if opened.cut => tracing::warn!(
+                opened.changed,
+                "the workspace has too many files to open all of the sidecar's own to its group; sessions may not edit the rest"
+            ),
+            Ok(opened) => {
+                tracing::debug!(opened.changed, "the sidecar's own files in the workspace are open to its group")
+            }
+            Err(error) => tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "the sidecar's own files in the workspace could not be opened to its group; sessions may not edit them"
+            ),
+        }
     }
 
     /// A session for a task: the parked one taken up again, or a warm one that fits, or a new one.
@@ -208,27 +225,4 @@ fn begin_anew(directory: &Path) -> std::io::Result<()> {
     private::remove(directory)?;
     std::fs::create_dir(directory)?;
     std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o711))
-}
-
-/// Opens what is the sidecar's own in the workspace to its group: sessions are others. It may have been put there before
-/// there was a sidecar, or by one whose sessions were of its own user.
-async fn open_workspace(shared: &Shared) {
-    let workspace = shared.settings.workspace.as_path();
-    let confinement = confinement::workspace_only(workspace);
-    let opened = shared.sandbox.share(None, &confinement, workspace, OPEN_WORKSPACE);
-    let opened = tokio::select! {
-        opened = opened => opened,
-        () = shared.tasks.shutdown_token().cancelled() => return,
-    };
-    match opened {
-        Ok(opened) if opened.cut => tracing::warn!(
-            opened.changed,
-            "the workspace has too many files to open all of the sidecar's own to its group; sessions may not edit the rest"
-        ),
-        Ok(opened) => tracing::info!(opened.changed, "the sidecar's own files in the workspace are open to its group"),
-        Err(error) => tracing::error!(
-            error = &error as &dyn std::error::Error,
-            "the sidecar's own files in the workspace could not be opened to its group; sessions may not edit them"
-        ),
-    }
 }
