@@ -43,6 +43,8 @@ use uuid::Uuid;
 
 /// How long a submission waits for its record to be durable.
 const SUBMIT_TIMEOUT: Duration = Duration::from_secs(8);
+/// How long a deletion may take to reach the database before its caller is told to come again.
+const DELETE_WAIT: Duration = Duration::from_secs(5);
 
 /// What the service is made with.
 #[derive(Clone, Debug)]
@@ -103,6 +105,8 @@ pub enum SubmitError {
     QueueFull,
     #[error("the sidecar shuts down")]
     ShuttingDown,
+    #[error("the journal is full")]
+    JournalFull,
     #[error("the submission could not be stored in time")]
     NotStored,
 }
@@ -206,6 +210,9 @@ impl Executions {
         }
         if self.shared.closing.load(Ordering::SeqCst) {
             return Err(SubmitError::ShuttingDown);
+        }
+        if self.shared.events.is_full() {
+            return Err(SubmitError::JournalFull);
         }
         // A place is held before anything is written, so that what is durable also runs.
         self.shared.lock_admission().reserve().map_err(|queue::Full| SubmitError::QueueFull)?;
@@ -314,6 +321,7 @@ impl Executions {
         before: Option<Cursor>,
         limit: u32,
     ) -> Result<Vec<ExecutionRecord>, StoreError> {
+        self.shared.events.settled().await;
         self.shared.store.history(&self.shared.settings.project, filter, before, limit).await
     }
 
@@ -371,14 +379,13 @@ impl Executions {
     /// not be ended in time, and is still there.
     ///
     /// # Errors
-    /// Where the database cannot be asked.
+    /// Where the database is away: then it is removed as soon as that is back.
     pub async fn delete(&self, id: ExecutionId, patience: Duration) -> Result<bool, StoreError> {
         self.cancel(id, Some("the execution is deleted"), patience).await?;
         if self.shared.events.head(id).is_some_and(|head| !head.borrow().ended) {
             return Ok(false);
         }
-        self.shared.store.delete(&self.shared.settings.project, id).await?;
-        Ok(true)
+        if self.shared.events.delete(id, DELETE_WAIT).await { Ok(true) } else { Err(StoreError::timeout(DELETE_WAIT)) }
     }
 
     /// Executions that run and that wait.

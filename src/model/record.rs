@@ -26,7 +26,7 @@ pub struct Usage {
 }
 
 /// The row of an execution: what was asked for, and how it stands.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ExecutionRecord {
     pub id: ExecutionId,
     /// The pod's project; history is read within one only.

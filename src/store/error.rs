@@ -49,7 +49,8 @@ impl StoreError {
         matches!(self, Self::Unavailable(_) | Self::Refused(_))
     }
 
-    pub(super) fn timeout(limit: std::time::Duration) -> Self {
+    /// The database did not do it within this time.
+    pub fn timeout(limit: std::time::Duration) -> Self {
         Self::Unavailable(Cause::Timeout(limit.as_secs()))
     }
 }

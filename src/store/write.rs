@@ -7,12 +7,13 @@
 use super::row::{bigint, integer, text, texts};
 use super::{Store, StoreError, callbacks, sessions};
 use crate::model::{Event, ExecutionId, ExecutionRecord, SessionRecord, Status};
+use serde::{Deserialize, Serialize};
 use sqlx::{Connection, PgConnection};
 use std::collections::BTreeMap;
 use uuid::Uuid;
 
 /// One thing to write.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Write {
     /// A new execution. One that exists already is left as it is.
     Submit(Box<ExecutionRecord>),
@@ -24,8 +25,21 @@ pub enum Write {
     /// A session that outlives its executions, as it stands now: made where it is not there yet, and never opened again
     /// where it has ended.
     Session(Box<SessionRecord>),
+    /// An execution of the project is removed with its log.
+    Delete { project: String, execution: ExecutionId },
     /// `progress`, `usage`, `files_modified` and `last_seq` of an execution that goes on. A final row is left as it is.
     Progress(Box<ExecutionRecord>),
+}
+
+impl Write {
+    /// The execution that it belongs to; `None` for a session.
+    pub fn execution(&self) -> Option<ExecutionId> {
+        match self {
+            Self::Submit(record) | Self::Progress(record) | Self::Change { record, .. } => Some(record.id),
+            Self::Event { execution, .. } | Self::Delete { execution, .. } => Some(*execution),
+            Self::Session(_) => None,
+        }
+    }
 }
 
 /// What the batch says about one execution's row: its changes of status as a chain, and its last record.
@@ -59,13 +73,13 @@ impl<'a> Plan<'a> {
                     (record.id, record.last_seq)
                 }
                 Write::Event { execution, event } => (*execution, event.seq),
-                Write::Session(_) => continue,
+                Write::Session(_) | Write::Delete { .. } => continue,
             };
             let plan: &mut Self =
                 plans.entry(id.0).or_insert_with(|| Self { chain: Vec::new(), record: None, last_seq: 0 });
             plan.last_seq = plan.last_seq.max(seq);
             match write {
-                Write::Submit(_) | Write::Event { .. } | Write::Session(_) => {}
+                Write::Submit(_) | Write::Event { .. } | Write::Session(_) | Write::Delete { .. } => {}
                 Write::Progress(record) => plan.record = Some(record),
                 Write::Change { expected, record } => {
                     match plan.chain.last() {
@@ -102,7 +116,7 @@ impl<'a> Plan<'a> {
 }
 
 impl Store {
-    /// Writes a batch in one transaction: submissions, then events, then the rows of executions. May be repeated
+    /// Writes a batch in one transaction: submissions, then events, then the rows of executions, then deletions. May be repeated
     /// after a failure whose outcome is not known. Writes for an execution that does not exist (it was deleted) are
     /// skipped. The caller bounds the batch: at most some 10,000 writes and 16 MiB.
     ///
@@ -123,7 +137,7 @@ impl Store {
                 news.push(match write {
                     Write::Submit(record) => insert(&mut transaction, record).await?,
                     Write::Session(record) => sessions::put(&mut transaction, record).await?,
-                    Write::Event { .. } | Write::Change { .. } | Write::Progress(_) => false,
+                    Write::Event { .. } | Write::Change { .. } | Write::Progress(_) | Write::Delete { .. } => false,
                 });
             }
             let rows = lock(&mut transaction, plans.keys().copied().collect()).await?;
@@ -141,6 +155,12 @@ impl Store {
                 }
             }
             raise(&mut transaction, raises).await?;
+            // Last: an execution is deleted after its end.
+            for write in writes {
+                if let Write::Delete { project, execution } = write {
+                    delete(&mut transaction, project, *execution).await?;
+                }
+            }
             let told = match tell {
                 Some(tell) => tell.of(writes, &news, replaced).write(&mut transaction).await?,
                 None => 0,
@@ -154,20 +174,14 @@ impl Store {
         }
         Ok(())
     }
-
-    /// Removes an execution of the project with its log. `false` where there was none. A submission of it that is
-    /// committed after this would bring it back: delete only what the log has shipped.
-    ///
-    /// # Errors
-    /// [`StoreError`]
-    pub async fn delete(&self, project: &str, id: ExecutionId) -> Result<bool, StoreError> {
-        let query = sqlx::query!("DELETE FROM executions WHERE project_id = $1 AND id = $2", project, id.0);
-        let done = self.run(async |connection: &mut PgConnection| Ok(query.execute(connection).await?)).await?;
-        Ok(done.rows_affected() > 0)
-    }
 }
 
-fn json<T: serde::Serialize>(value: &T) -> Result<String, StoreError> {
+async fn delete(connection: &mut PgConnection, project: &str, id: ExecutionId) -> Result<(), StoreError> {
+    sqlx::query!("DELETE FROM executions WHERE project_id = $1 AND id = $2", project, id.0).execute(connection).await?;
+    Ok(())
+}
+
+fn json<T: Serialize>(value: &T) -> Result<String, StoreError> {
     serde_json::to_string(value).map_err(|e| sqlx::Error::Encode(e.into()).into())
 }
 

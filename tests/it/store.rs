@@ -349,9 +349,12 @@ async fn what_is_deleted_stays_deleted_and_its_later_writes_hold_nothing_up() {
     let (gone, stays) = (pending(), pending());
     let (first, second) = (event(1, EventType::Log, Severity::Info), event(2, EventType::Log, Severity::Info));
     store.commit(&[submit(&gone), submit(&stays), write(&gone, &first)]).await.unwrap();
-    assert!(!store.delete("another project", gone.id).await.unwrap());
-    assert!(store.delete(PROJECT, gone.id).await.unwrap());
-    assert!(!store.delete(PROJECT, gone.id).await.unwrap());
+    let delete = |project: &str| [Write::Delete { project: project.to_owned(), execution: gone.id }];
+    store.commit(&delete("another project")).await.unwrap();
+    assert_eq!(store.events(gone.id, &all()).await.unwrap(), [first.clone()]);
+    for _ in 0..2 {
+        store.commit(&delete(PROJECT)).await.unwrap();
+    }
     assert_eq!(store.events(gone.id, &all()).await.unwrap(), []);
     let batch = [
         write(&gone, &second),
