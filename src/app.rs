@@ -211,6 +211,7 @@ pub struct App {
     tasks: Tasks,
     sandbox: Sandbox,
     database: Database,
+    journal: Arc<Journal>,
     executions: Executions,
     sessions: Sessions,
     notifier: Option<Notifier>,
@@ -258,7 +259,7 @@ impl App {
         .await?;
         let journal = journal(&config, &tasks, &database.store).await?;
         let events = Events::start(
-            journal,
+            Arc::clone(&journal),
             config.journal_max_bytes,
             database.store.clone(),
             config.project_id.clone(),
@@ -334,7 +335,7 @@ impl App {
             metrics.clone(),
         );
         let notifier = notifier(&config, state.instance, &database.store, &metrics, &tasks)?;
-        executions.recover().await?;
+        executions.recover(journal.power_lost()).await?;
         tasks.spawn("idle sessions", executions.clone().look_after_sessions());
         let streams = CancellationToken::new();
         let auth = Auth::new(config.shared_secret.clone(), config.auth_off);
@@ -369,7 +370,7 @@ impl App {
                 .merge(crate::api::sessions::streams(sessions_api)),
         };
         let (router, _) = assemble(&edge, routes);
-        Ok(Self { config, tasks, sandbox, database, executions, sessions, notifier, router, streams, state })
+        Ok(Self { config, tasks, sandbox, database, journal, executions, sessions, notifier, router, streams, state })
     }
 
     /// Serves until `stop`, then ends everything in order: nothing new is taken and `/ready` says so, streams are told
@@ -419,6 +420,10 @@ impl App {
         self.sandbox.sweep_orphans();
         let tasks = self.tasks.stop(until(1.0)).await.err().unwrap_or(0);
         let processes = self.sandbox.live();
+        // Nothing appends any more. It takes a moment, and this is the last one.
+        if let Err(error) = self.journal.close() {
+            tracing::error!(%error, "the journal could not be synced");
+        }
         drop(self.state);
         if executions + writes + processes + connections + tasks == 0 {
             tracing::info!("stopped");

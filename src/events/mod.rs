@@ -98,6 +98,7 @@ impl Events {
         let stop = tasks.shutdown_token();
         tasks.spawn("event committer", commit::run(Arc::clone(&shared), stop.clone()));
         tasks.spawn("journal sync", commit::sync(Arc::clone(&shared), stop.clone()));
+        tasks.spawn("database watch", ship::watch(shared.store.clone(), stop.clone()));
         tasks.spawn("event shipper", ship::run(Arc::clone(&shared), stop.clone()));
         Self { shared }
     }

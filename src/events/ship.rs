@@ -177,6 +177,14 @@ pub(super) async fn run(shared: Arc<Shared>, shutdown: CancellationToken) {
     }
 }
 
+/// Keeps an eye on the database until shutdown.
+pub(super) async fn watch(store: Store, shutdown: CancellationToken) {
+    tokio::select! {
+        () = store.watch() => {}
+        () = shutdown.cancelled() => {}
+    }
+}
+
 /// Returns `false` where it was told to stop before the database had it all. It is still in the journal then.
 async fn ship(shared: &Arc<Shared>, mut parcels: Vec<Parcel>, stop: &CancellationToken) -> bool {
     let mut writes = Vec::new();

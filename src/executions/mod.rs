@@ -152,14 +152,18 @@ impl Executions {
     }
 
     /// Ends what an earlier life of this instance left unfinished: its processes are gone (each jail ends its own
-    /// with the sidecar), so the executions were interrupted. Call it before anything is taken in.
+    /// with the sidecar), so the executions were interrupted. Call it before anything is taken in. With `power_lost`
+    /// their logs may lack events that somebody saw, and go on under a new epoch.
     ///
     /// # Errors
     /// Where the database cannot be asked.
-    pub async fn recover(&self) -> Result<usize, StoreError> {
+    pub async fn recover(&self, power_lost: bool) -> Result<usize, StoreError> {
         let left = self.shared.store.unfinished(self.shared.settings.owner).await?;
         let count = left.len();
-        for record in left {
+        for mut record in left {
+            if power_lost {
+                record.epoch = record.epoch.saturating_add(1);
+            }
             tracing::warn!(execution = %record.id, status = record.status.as_str(), "an execution was interrupted by the end of the sidecar");
             let owner = self.adopt(record, None);
             owner.end_now(Reason::Interrupted, "The sidecar or its node went away while the task was running.").await;

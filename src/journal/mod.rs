@@ -13,6 +13,7 @@
 //! likewise and would need a second driver beside that of Postgres. `okaywal`, which is the right shape, is no longer
 //! maintained (its last release is of 2023). What is left to do by hand is a length and a checksum.
 
+mod boot;
 mod segment;
 
 use segment::{HEADER, Segment};
@@ -43,6 +44,7 @@ pub struct Journal {
     inner: Mutex<Inner>,
     /// All segments together.
     bytes: AtomicU64,
+    power_lost: bool,
 }
 
 #[derive(Debug)]
@@ -74,6 +76,7 @@ impl Journal {
     /// The directory or a file in it cannot be read or written.
     pub fn open(directory: &Path) -> io::Result<(Self, Vec<Damage>)> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+        let power_lost = boot::begin(directory)?;
         let mut segments = VecDeque::new();
         let mut damage = Vec::new();
         let numbers = segment::list(directory)?;
@@ -90,7 +93,22 @@ impl Journal {
         segments.push_back(Segment { number: next, length: HEADER });
         let bytes = AtomicU64::new(segments.iter().map(|segment| segment.length).sum());
         let inner = Mutex::new(Inner { segments, file: Arc::new(file), dirty: false, torn: false });
-        Ok((Self { directory: directory.to_owned(), inner, bytes }, damage))
+        Ok((Self { directory: directory.to_owned(), inner, bytes, power_lost }, damage))
+    }
+
+    /// Whether the machine went down, or the directory came to another one, while an earlier life had it open: then what
+    /// was not synced may be lost.
+    pub fn power_lost(&self) -> bool {
+        self.power_lost
+    }
+
+    /// Syncs it for the last time, so that nothing can be lost any more.
+    ///
+    /// # Errors
+    /// As [`Journal::sync`].
+    pub fn close(&self) -> io::Result<()> {
+        self.sync()?;
+        boot::end(&self.directory)
     }
 
     /// The place of the first record that is still there.

@@ -88,7 +88,22 @@ fn what_is_not_a_segment_is_left_alone() {
     }
     let journal = open(directory.path());
     assert_eq!(all(&journal).len(), 0);
-    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 4);
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 5);
+}
+
+#[test]
+fn a_loss_of_power_is_told_from_an_end() {
+    let directory = tempfile::tempdir().unwrap();
+    assert!(!open(directory.path()).power_lost());
+    assert!(!open(directory.path()).power_lost(), "this process died, at most");
+    let before = |boot: &str| fs::write(directory.path().join("boot"), boot).unwrap();
+    before("of another boot");
+    let journal = open(directory.path());
+    assert!(journal.power_lost());
+    journal.close().unwrap();
+    assert!(!open(directory.path()).power_lost());
+    before("");
+    assert!(open(directory.path()).power_lost(), "it was on its way when the power went");
 }
 
 /// A disk that is full, as this process feels it: a limit on the size of files would end it, so the file is one that

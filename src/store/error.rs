@@ -41,6 +41,8 @@ pub enum Cause {
     Database(Box<sqlx::Error>),
     #[error("no answer within {0} s")]
     Timeout(u64),
+    #[error("it did not answer a moment ago")]
+    Away,
 }
 
 impl StoreError {

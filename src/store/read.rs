@@ -56,7 +56,7 @@ impl Store {
             ExecutionRow,
             r#"SELECT id, project_id, owner, session_id, ordinal, status, reason, progress, last_seq, task::text AS "task!",
                       protections, final_message, error, files_modified, usage::text AS "usage!",
-                      created_at, started_at, completed_at, paused_ms
+                      created_at, started_at, completed_at, paused_ms, epoch
                FROM executions WHERE project_id = $1 AND id = $2"#,
             project,
             id.0
@@ -80,7 +80,7 @@ impl Store {
             ExecutionRow,
             r#"SELECT id, project_id, owner, session_id, ordinal, status, reason, progress, last_seq, task::text AS "task!",
                       protections, final_message, error, files_modified, usage::text AS "usage!",
-                      created_at, started_at, completed_at, paused_ms
+                      created_at, started_at, completed_at, paused_ms, epoch
                FROM executions
                WHERE project_id = $1
                  AND ($2::uuid IS NULL OR task_id = $2)
@@ -142,7 +142,7 @@ impl Store {
             ExecutionRow,
             r#"SELECT id, project_id, owner, session_id, ordinal, status, reason, progress, last_seq, task::text AS "task!",
                       protections, final_message, error, files_modified, usage::text AS "usage!",
-                      created_at, started_at, completed_at, paused_ms
+                      created_at, started_at, completed_at, paused_ms, epoch
                FROM executions WHERE owner = $1 AND completed_at IS NULL ORDER BY created_at, id"#,
             owner
         );

@@ -31,6 +31,7 @@ pub(super) struct ExecutionRow {
     pub(super) started_at: Option<DateTime<Utc>>,
     pub(super) completed_at: Option<DateTime<Utc>>,
     pub(super) paused_ms: i64,
+    pub(super) epoch: i32,
 }
 
 impl TryFrom<ExecutionRow> for ExecutionRecord {
@@ -57,6 +58,7 @@ impl TryFrom<ExecutionRow> for ExecutionRecord {
             started_at: row.started_at,
             completed_at: row.completed_at,
             paused_ms: u64::try_from(row.paused_ms).map_err(|_| corrupt("paused_ms"))?,
+            epoch: ordinal_of(row.epoch).ok_or_else(|| corrupt("epoch"))?,
             protections: row.protections,
             final_message: row.final_message,
             error: row.error,

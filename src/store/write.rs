@@ -128,7 +128,7 @@ impl Store {
             return Ok(());
         }
         let plans = Plan::of(writes)?;
-        let work = self.run(async |connection: &mut PgConnection| {
+        let work = self.insist(async |connection: &mut PgConnection| {
             let mut transaction = connection.begin().await?;
             let tell =
                 if self.callbacks { Some(callbacks::News::before(&mut transaction, writes).await?) } else { None };
@@ -191,9 +191,10 @@ async fn insert(connection: &mut PgConnection, record: &ExecutionRecord) -> Resu
     let done = sqlx::query!(
         r#"INSERT INTO executions
              (id, project_id, owner, task_id, session_id, status, reason, progress, last_seq, task, protections,
-              final_message, files_modified, usage, created_at, started_at, completed_at, paused_ms, ordinal, error)
+              final_message, files_modified, usage, created_at, started_at, completed_at, paused_ms, ordinal, error,
+              epoch)
            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10::text::json, $11, $12, $13, $14::text::json, $15, $16, $17, $18,
-                   $19, $20)
+                   $19, $20, $21)
            ON CONFLICT DO NOTHING"#,
         record.id.0,
         &*text(&record.project_id),
@@ -214,7 +215,8 @@ async fn insert(connection: &mut PgConnection, record: &ExecutionRecord) -> Resu
         record.completed_at,
         bigint(record.paused_ms),
         record.ordinal.map(integer),
-        error.as_deref()
+        error.as_deref(),
+        integer(record.epoch)
     )
     .execute(connection)
     .await?;
@@ -286,7 +288,7 @@ async fn replace(
         r#"UPDATE executions
            SET status = $3, reason = $4, progress = $5, last_seq = GREATEST(last_seq, $6), protections = $7,
                final_message = $8, files_modified = $9, usage = $10::text::json,
-               started_at = $11, completed_at = $12, paused_ms = $13, error = $14
+               started_at = $11, completed_at = $12, paused_ms = $13, error = $14, epoch = $15
            WHERE id = $1 AND status = $2"#,
         record.id.0,
         expected.as_str(),
@@ -301,7 +303,8 @@ async fn replace(
         record.started_at,
         record.completed_at,
         bigint(record.paused_ms),
-        error.as_deref()
+        error.as_deref(),
+        integer(record.epoch)
     )
     .execute(connection)
     .await?;

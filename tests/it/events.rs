@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
 use crate::support::postgres::fresh_database;
+use crate::support::proxy::Proxy;
 use crate::support::sidecar::soon;
 use chrono::Utc;
 use opencode_sidecar::events::{Events, LeftError, ReadQuery, ship_left};
@@ -10,15 +11,12 @@ use opencode_sidecar::journal::Journal;
 use opencode_sidecar::model::event::{Event, EventType, NewEvent, Severity};
 use opencode_sidecar::model::task::{Limits, ModelChoice, Provider};
 use opencode_sidecar::model::{ExecutionId, ExecutionRecord, Reason, Status, Task, TaskId, Usage};
-use opencode_sidecar::store::{DatabaseOptions, Store};
+use opencode_sidecar::store::Store;
 use opencode_sidecar::tasks::Tasks;
 use opencode_sidecar::telemetry::Metrics;
-use secrecy::ExposeSecret;
 use serde_json::json;
 use std::path::Path;
 use std::sync::Arc;
-use tokio::net::{TcpListener, UnixStream};
-use tokio::sync::watch;
 
 fn record() -> ExecutionRecord {
     let model = ModelChoice {
@@ -286,49 +284,4 @@ async fn what_a_life_leaves_in_the_journal_the_next_one_ships() {
     assert_eq!((json(&page.events), page.events.len()), (json(&told), 51));
     assert_eq!(store.execution("p", goes.id).await.unwrap(), None, "what was deleted stays so");
     tasks.stop(std::time::Duration::from_secs(10)).await.unwrap();
-}
-
-/// Stands between the store and its database, and can be cut: connections end then, and none is made.
-struct Proxy {
-    mended: watch::Sender<bool>,
-}
-
-impl Proxy {
-    /// Runs until the end of the test, whose runtime ends it.
-    async fn before(options: DatabaseOptions) -> (Self, DatabaseOptions) {
-        let mut url = url::Url::parse(options.url.expose_secret()).unwrap();
-        let (_, directory) = url.query_pairs().find(|(name, _)| name == "host").unwrap();
-        let server = Path::new(&*directory).join(".s.PGSQL.5432");
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        url.set_query(Some("sslmode=disable"));
-        url.set_host(Some("127.0.0.1")).unwrap();
-        url.set_port(Some(listener.local_addr().unwrap().port())).unwrap();
-        let mended = watch::Sender::new(true);
-        let state = mended.subscribe();
-        let tasks = Tasks::new();
-        tasks.clone().spawn("proxy", async move {
-            loop {
-                let (mut client, _) = listener.accept().await.unwrap();
-                let (mut state, server) = (state.clone(), server.clone());
-                tasks.spawn("connection", async move {
-                    if *state.borrow() {
-                        let mut server = UnixStream::connect(server).await.unwrap();
-                        tokio::select! {
-                            _ = tokio::io::copy_bidirectional(&mut client, &mut server) => {}
-                            _ = state.wait_for(|mended| !mended) => {}
-                        }
-                    }
-                });
-            }
-        });
-        (Self { mended }, DatabaseOptions { url: url.to_string().into(), ..options })
-    }
-
-    fn cut(&self) {
-        self.mended.send_replace(false);
-    }
-
-    fn mend(&self) {
-        self.mended.send_replace(true);
-    }
 }

@@ -14,6 +14,7 @@ use opencode_sidecar::store::{Cursor, DatabaseOptions, EventQuery, HistoryFilter
 use secrecy::ExposeSecret;
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
+use std::num::NonZeroU32;
 use std::slice;
 use uuid::Uuid;
 
@@ -68,6 +69,7 @@ pub(crate) fn pending() -> ExecutionRecord {
         started_at: None,
         completed_at: None,
         paused_ms: 0,
+        epoch: NonZeroU32::new(3).unwrap(),
         protections: vec![],
         final_message: None,
         error: None,

@@ -6,6 +6,7 @@ mod faults;
 mod life;
 mod main_job;
 mod model_config;
+mod outage;
 mod queue;
 mod sandboxed;
 mod secrets;
