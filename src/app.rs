@@ -14,6 +14,7 @@ use crate::broker::{Broker, BrokerConfig, BrokerError};
 use crate::config::{Config, SandboxMode};
 use crate::events::Events;
 use crate::executions::{Ceilings, Executions};
+use crate::journal::Journal;
 use crate::model::SessionId;
 use crate::model::task::ModelChoice;
 use crate::notify::Notifier;
@@ -27,11 +28,12 @@ use crate::store::{DatabaseOptions, Embedded, EmbeddedError, Store, StoreError};
 use crate::tasks::Tasks;
 use crate::telemetry::Metrics;
 use crate::workspace::{Workspace, WorkspaceError};
-use crate::{executions, notify, sessions};
+use crate::{events, executions, notify, sessions};
 use secrecy::SecretString;
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::time::Instant;
@@ -75,6 +77,10 @@ pub enum StartError {
     Embedded(#[from] EmbeddedError),
     #[error("the database (DATABASE_URL) cannot be used")]
     Database(#[from] StoreError),
+    #[error("the journal in STATE_DIR cannot be used")]
+    Journal(#[source] std::io::Error),
+    #[error("what the journal in STATE_DIR holds cannot be brought to the database (DATABASE_URL)")]
+    Left(#[from] events::LeftError),
     #[error("the model broker did not start")]
     Broker(#[from] BrokerError),
     #[error("the client for the backend (BACKEND_API_URL) cannot be made")]
@@ -213,6 +219,7 @@ pub struct App {
     tasks: Tasks,
     sandbox: Sandbox,
     database: Database,
+    journal: Arc<Journal>,
     executions: Executions,
     sessions: Sessions,
     notifier: Option<Notifier>,
@@ -258,7 +265,15 @@ impl App {
             },
         )
         .await?;
-        let events = Events::start(database.store.clone(), config.project_id.clone(), metrics.clone(), &tasks);
+        let journal = journal(&config, &tasks, &database.store).await?;
+        let events = Events::start(
+            Arc::clone(&journal),
+            config.journal_max_bytes,
+            database.store.clone(),
+            config.project_id.clone(),
+            metrics.clone(),
+            &tasks,
+        );
         let default_model = config.default_model.as_ref().map(|model| {
             let choice = ModelChoice {
                 provider: model.provider,
@@ -333,7 +348,7 @@ impl App {
             metrics.clone(),
         );
         let notifier = notifier(&config, state.instance, &database.store, &metrics, &tasks)?;
-        executions.recover().await?;
+        executions.recover(journal.power_lost()).await?;
         tasks.spawn("idle sessions", executions.clone().look_after_sessions());
         tasks.spawn("retention", executions.clone().forget_old());
         let streams = CancellationToken::new();
@@ -371,7 +386,7 @@ impl App {
                 .merge(crate::api::sessions::streams(sessions_api)),
         };
         let (router, _) = assemble(&edge, routes);
-        Ok(Self { config, tasks, sandbox, database, executions, sessions, notifier, router, streams, state })
+        Ok(Self { config, tasks, sandbox, database, journal, executions, sessions, notifier, router, streams, state })
     }
 
     /// Serves until `stop`, then ends everything in order: nothing new is taken and `/ready` says so, streams are told
@@ -396,8 +411,12 @@ impl App {
         tracing::info!(grace_seconds = grace.as_secs(), "shutting down");
         self.streams.cancel();
         let executions = self.executions.shut_down(until(0.5)).await.err().unwrap_or(0);
-        let flushed = tokio::time::timeout(until(0.6), self.executions.events().flushed()).await;
-        let writes = if flushed.is_ok() { 0 } else { self.executions.events().pending() };
+        let log = self.executions.events();
+        let _ = tokio::time::timeout(until(0.6), log.flushed()).await;
+        let (writes, unshipped) = (log.pending(), log.unshipped());
+        if unshipped > 0 {
+            tracing::warn!(unshipped, "the database is away: what it lacks stays in the journal, for the next start");
+        }
         close.cancel();
         if let Some(notifier) = self.notifier {
             notifier.drain(until(0.7).min(LAST_CALLBACKS)).await;
@@ -417,6 +436,10 @@ impl App {
         self.sandbox.sweep_orphans();
         let tasks = self.tasks.stop(until(1.0)).await.err().unwrap_or(0);
         let processes = self.sandbox.live();
+        // Nothing appends any more. It takes a moment, and this is the last one.
+        if let Err(error) = self.journal.close() {
+            tracing::error!(%error, "the journal could not be synced");
+        }
         drop(self.state);
         if executions + writes + processes + connections + tasks == 0 {
             tracing::info!("stopped");
@@ -424,6 +447,28 @@ impl App {
         }
         Err(Abandoned { executions, writes, processes, connections, tasks })
     }
+}
+
+/// Opens the journal, and ships what an earlier life left in it.
+async fn journal(config: &Config, tasks: &Tasks, store: &Store) -> Result<Arc<Journal>, StartError> {
+    let directory = config.state_dir.join("journal");
+    let opened = tasks.spawn_blocking(move || Journal::open(&directory)).await;
+    let (journal, damage) =
+        opened.unwrap_or_else(|error| Err(std::io::Error::other(error))).map_err(StartError::Journal)?;
+    for crate::journal::Damage { file, bytes, in_the_middle } in damage {
+        let file = file.display();
+        if in_the_middle {
+            tracing::error!(%file, bytes, "a part of the journal is damaged, and its events are lost");
+        } else {
+            tracing::warn!(%file, bytes, "the end of the journal was not wholly written when the machine went down");
+        }
+    }
+    let journal = Arc::new(journal);
+    let shipped = events::ship_left(tasks, &journal, store).await?;
+    if shipped > 0 {
+        tracing::info!(writes = shipped, "what an earlier life left in the journal is in the database now");
+    }
+    Ok(journal)
 }
 
 /// Starts what tells the backend, where there is one.
@@ -490,14 +535,21 @@ impl Ready {
             Err(error) => checks.failing("workspace", "failed", Some(&error.to_string())),
         };
         let kind = if self.embedded { "embedded" } else { "external" };
-        let database = match self.executions.events().trouble() {
-            Some(trouble) => Err(trouble),
+        let log = self.executions.events();
+        let database = match log.outage() {
+            Some(outage) => Err(outage),
             None => self.store.ping().await.map_err(|error| error.to_string()),
         };
         checks = match database {
             Ok(()) => checks.with("database", "ok", Some(kind)),
-            // Without a journal nothing bridges an outage: no task could be taken.
-            Err(why) => checks.failing("database", "failed", Some(&why)),
+            Err(why) => checks.with("database", "degraded", Some(&format!("{why}; the journal bridges it"))),
+        };
+        let (bytes, most) = log.journal();
+        let detail = format!("{bytes} of {most} bytes, {} events to ship", log.unshipped());
+        checks = match log.trouble() {
+            Some(trouble) => checks.failing("journal", "failed", Some(&trouble)),
+            None if log.is_full() => checks.failing("journal", "full", Some(&detail)),
+            None => checks.with("journal", "ok", Some(&detail)),
         };
         let warm = self.sessions.warm();
         checks = match self.sessions.opencode_version() {
@@ -516,7 +568,6 @@ impl Ready {
             ("failed", detail) => checks.failing("sandbox", "failed", Some(&detail)),
             (state, detail) => checks.with("sandbox", state, Some(&detail)),
         };
-        checks = checks.with("journal", "off", Some("this version writes to the database before it shows an event"));
         checks = match is_ephemeral(&self.state_dir) {
             Some(false) => checks.with("state", "durable", None),
             Some(true) => {

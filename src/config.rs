@@ -56,6 +56,8 @@ pub struct Config {
     /// `None`: the embedded Postgres.
     pub database_url: Option<SecretString>,
     pub database_schema: String,
+    /// `JOURNAL_MAX_BYTES`
+    pub journal_max_bytes: u64,
     pub project_id: String,
     /// How long what has ended is kept; `None`: for ever.
     pub retention: Option<TimeDelta>,
@@ -147,6 +149,7 @@ impl Config {
             workspace_dir: r.directory("WORKSPACE_DIR"),
             state_dir: r.directory("STATE_DIR"),
             database_url: r.database_url("DATABASE_URL"),
+            journal_max_bytes: r.bytes("JOURNAL_MAX_BYTES", 1 << 50),
             database_schema: r.matching("DATABASE_SCHEMA", "a name of [a-z_][a-z0-9_]{0,62}", is_schema),
             project_id: r.matching("PROJECT_ID", "1 to 128 visible ASCII characters", |id| {
                 id.len() <= 128 && is_visible_ascii(id)

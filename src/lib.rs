@@ -15,6 +15,7 @@
 //! | | [`config`] | the environment, read once |
 //! | owners of I/O | [`sandbox`] | processes: the jail, their confinement, the proof that nothing is left, the shell tap |
 //! | | [`workspace`] | the one door to paths that come from outside; open to its group |
+//! | | [`journal`] | what has to survive this process, on local disk, before anyone has it |
 //! | | [`store`] | Postgres: migrations, queries, the embedded server |
 //! | services | [`events`] | the log of each execution: one way in, one way out |
 //! | | [`opencode`] | starts `opencode serve`, talks to it, understands what it says |
@@ -71,7 +72,7 @@
 //! | how an OpenCode event becomes one of ours | [`opencode::translate`] |
 //! | why a run ended as it did | [`opencode::outcome`] |
 //! | what OpenCode is configured with | [`opencode::profile`] |
-//! | where an event becomes durable | `events::commit` |
+//! | where an event becomes durable | `events::commit`, and on its way to the database `events::ship` |
 //! | how shell output gets here | [`sandbox::tap`], then [`sandbox::frames`] and `sessions::shell` |
 //! | how a person's shell runs in a session | `sessions::terminal`, and `api::terminal` for what it says to whom |
 //! | how processes are ended, and how that is known | `sandbox::process`, [`sandbox::jail`] |
@@ -100,6 +101,7 @@ pub mod doctor;
 pub mod events;
 pub mod executions;
 pub mod host;
+pub mod journal;
 pub mod model;
 pub mod notify;
 pub mod opencode;

@@ -6,6 +6,7 @@ use crate::model::{ExecutionId, ExecutionRecord, Reason, SessionId, Status, Subm
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::Value;
+use std::num::NonZeroU32;
 
 /// Where to go on from a submission.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
@@ -64,6 +65,10 @@ pub(crate) struct StatusDocument {
     pub(crate) current_tool: Option<String>,
     /// The last event of its log.
     pub(crate) last_seq: u64,
+    /// Which life of the log this is. Where it is another one than before, a loss of power took the newest events, and
+    /// their numbers came back with others: read again from the start.
+    #[schema(value_type = u32, minimum = 1)]
+    pub(crate) epoch: NonZeroU32,
     /// 1 is next; null where it does not wait.
     pub(crate) queue_position: Option<usize>,
     #[serde(serialize_with = "millis::serialize")]
@@ -90,6 +95,7 @@ impl StatusDocument {
             progress: record.progress,
             current_tool: view.current_tool.clone().filter(|_| !record.status.is_final()),
             last_seq: view.last_seq,
+            epoch: record.epoch,
             queue_position: view.queue_position,
             created_at: record.created_at,
             started_at: record.started_at,

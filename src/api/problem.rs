@@ -85,6 +85,8 @@ codes! {
     BadGateway = "bad_gateway", BAD_GATEWAY, "The model or OpenCode failed";
     /// The sidecar stops and takes no new work.
     ShuttingDown = "shutting_down", SERVICE_UNAVAILABLE, "Shutting down";
+    /// The database is away for so long that the journal is full.
+    JournalFull = "journal_full", SERVICE_UNAVAILABLE, "Journal full";
     /// Something that the request needs is away for now, such as the database.
     Unavailable = "unavailable", SERVICE_UNAVAILABLE, "Temporarily unavailable";
 }
@@ -94,7 +96,7 @@ impl Code {
     fn default_retry_after(self) -> Option<u64> {
         match self {
             Self::QueueFull | Self::TooManyTerminals => Some(5),
-            Self::ShuttingDown => Some(10),
+            Self::ShuttingDown | Self::JournalFull => Some(10),
             Self::Unavailable => Some(5),
             _ => None,
         }

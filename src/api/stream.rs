@@ -9,6 +9,7 @@ use crate::api::problem::Problem;
 use crate::api::server::ConnectionSlot;
 use crate::api::sockets::{Broken, Closing, PING, STUCK, Sockets, close};
 use crate::api::tasks::{TasksApi, find, parse_id};
+use crate::executions::View;
 use axum::body::{Body, Bytes};
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{FromRequestParts, Path, Request, State};
@@ -16,7 +17,8 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use futures_util::SinkExt;
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
+use std::num::NonZeroU32;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
@@ -81,7 +83,9 @@ async fn stream(State(api): State<StreamApi>, Path(id): Path<String>, request: R
         let view = find(&api.tasks, id).await?;
         let mut cursor = Cursor::new(api.tasks.executions.clone(), id, after);
         let reset = cursor.reset_if_beyond(view.last_seq);
-        return Ok(server_sent_events(cursor, reset.then_some(view.last_seq), api.sockets.shutdown.clone()));
+        let mut first = Vec::from_iter(epoch_frame(&view));
+        first.extend(reset.then(|| reset_frame(&view)));
+        return Ok(server_sent_events(cursor, first, api.sockets.shutdown.clone()));
     };
     let slot = parts.extensions.get::<ConnectionSlot>().cloned();
     let upgrade = upgrade.protocols([STREAM_PROTOCOL]).max_message_size(MAX_MESSAGE).max_frame_size(MAX_MESSAGE);
@@ -98,11 +102,22 @@ async fn stream(State(api): State<StreamApi>, Path(id): Path<String>, request: R
     }))
 }
 
-fn server_sent_events(mut cursor: Cursor, reset: Option<u64>, shutdown: CancellationToken) -> Response {
+/// What a reader is told first where the log has lost events to a loss of power: it may have others under their numbers.
+fn epoch_frame(view: &View) -> Option<Value> {
+    let epoch = view.record.epoch;
+    (epoch > NonZeroU32::MIN).then(|| json!({ "type": "epoch", "epoch": epoch }))
+}
+
+/// The reader's place is beyond the log's end.
+fn reset_frame(view: &View) -> Value {
+    json!({ "type": "reset", "last_seq": view.last_seq, "epoch": view.record.epoch })
+}
+
+fn server_sent_events(mut cursor: Cursor, first: Vec<Value>, shutdown: CancellationToken) -> Response {
     let body = async_stream::stream! {
-        if let Some(last_seq) = reset {
-            let data = json!({ "type": "reset", "last_seq": last_seq });
-            yield Ok::<_, std::convert::Infallible>(Bytes::from(format!("event: reset\ndata: {data}\n\n")));
+        for data in first {
+            let kind = data["type"].as_str().unwrap_or_default();
+            yield Ok::<_, std::convert::Infallible>(Bytes::from(format!("event: {kind}\ndata: {data}\n\n")));
         }
         loop {
             let next = tokio::select! {
@@ -167,8 +182,11 @@ impl Socket {
             Err(_) => return Ok((close::INTERNAL, "the database cannot be asked")),
         };
         let mut cursor = Cursor::new(api.tasks.executions.clone(), id, after);
+        if let Some(frame) = epoch_frame(&view) {
+            self.send(frame.to_string()).await?;
+        }
         if cursor.reset_if_beyond(view.last_seq) {
-            self.send(json!({ "type": "reset", "last_seq": view.last_seq }).to_string()).await?;
+            self.send(reset_frame(&view).to_string()).await?;
         }
         let mut ping = tokio::time::interval_at(tokio::time::Instant::now() + PING, PING);
         loop {

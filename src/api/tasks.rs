@@ -174,6 +174,9 @@ pub(crate) fn submit_problem(error: SubmitError, names: &[(&str, &str)]) -> Prob
             .field("session_id", "is a session that has ended"),
         SubmitError::QueueFull => Problem::new(Code::QueueFull, "As many tasks wait as may. Try again later."),
         SubmitError::ShuttingDown => Problem::new(Code::ShuttingDown, "The sidecar shuts down and takes no new task."),
+        SubmitError::JournalFull => {
+            Problem::new(Code::JournalFull, "The database is away, and as much waits for it as may. Try again later.")
+        }
         SubmitError::NotStored => {
             Problem::new(Code::Unavailable, "The task could not be stored in time. It does not run.")
         }

@@ -1,34 +1,42 @@
-//! The commit point: everything queued goes in batches to where it is durable, and is shown to readers after that.
+//! The commit point: everything queued goes in batches to the journal, and is shown to readers after that.
 //!
-//! One task; while a batch is on its way the next one gathers, so that many events cost one transaction. Where the
-//! database cannot be reached the batch is tried again until it can: nothing queued is dropped, and a full queue
-//! slows down the writers.
+//! One task; while a batch is on its way the next one gathers, so that many events cost one write. A submission, an
+//! end, a session and a deletion are brought to the disk before they are shown; of everything else a loss of power may
+//! take the last [`SYNC`]. Where the disk takes nothing the batch is tried again until it does: nothing queued is
+//! dropped, and a full queue slows down the writers. From here `ship` takes it to the database.
 
-use super::Shared;
 use super::live::Live;
+use super::ship::Parcel;
+use super::{Shared, ship};
+use crate::journal::Position;
+use crate::model::ExecutionRecord;
 use crate::model::event::Event;
-use crate::model::{ExecutionId, ExecutionRecord};
 use crate::store::Write;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-/// The most writes that one batch takes.
+/// The most writes that one batch takes, but for what goes with the last of them.
 const BATCH: usize = 2000;
 /// Queued bytes of events beyond which `append` waits.
 const QUEUE_BYTES: usize = 32 * 1024 * 1024;
 /// The longest pause between two tries.
 const MAX_PAUSE: Duration = Duration::from_secs(2);
+/// How long what was shown may take to be safe from a loss of power.
+const SYNC: Duration = Duration::from_millis(50);
 
 #[derive(Debug)]
 pub(super) struct Queue {
-    inner: Mutex<Inner>,
+    inner: Mutex<VecDeque<Item>>,
     /// Counts up with each push; the committer waits on it.
     pushed: watch::Sender<u64>,
     /// Counts up with each committed write; bytes that are queued.
     done: watch::Sender<(u64, usize)>,
+    /// Counts up with each batch that is in the journal and not synced.
+    unsynced: watch::Sender<u64>,
     trouble: Mutex<Option<String>>,
 }
 
@@ -37,17 +45,15 @@ pub(super) struct Queue {
 pub(super) struct Item {
     write: Write,
     whose: Whose,
+    /// It was pushed together with the next one, and goes with it: both are durable, or neither.
+    goes_on: bool,
 }
 
 #[derive(Debug)]
-enum Whose {
+pub(super) enum Whose {
     Log(Arc<Live>),
+    /// Told when the database has it.
     Nobodys(oneshot::Sender<bool>),
-}
-
-#[derive(Debug, Default)]
-struct Inner {
-    writes: VecDeque<Item>,
 }
 
 impl Default for Queue {
@@ -56,12 +62,14 @@ impl Default for Queue {
             inner: Mutex::default(),
             pushed: watch::Sender::new(0),
             done: watch::Sender::new((0, 0)),
+            unsynced: watch::Sender::new(0),
             trouble: Mutex::new(None),
         }
     }
 }
 
-fn size(write: &Write) -> usize {
+/// About how much room a write takes, in bytes.
+pub(super) fn size(write: &Write) -> usize {
     match write {
         Write::Event { event, .. } => event.json.len(),
         _ => 0,
@@ -71,13 +79,15 @@ fn size(write: &Write) -> usize {
 impl Queue {
     /// Queues writes of a log.
     pub(super) fn push(&self, live: &Arc<Live>, writes: Vec<Write>) {
-        self.extend(writes.into_iter().map(|write| Item { write, whose: Whose::Log(Arc::clone(live)) }).collect());
+        let count = writes.len();
+        let item = |(at, write)| Item { write, whose: Whose::Log(Arc::clone(live)), goes_on: at + 1 < count };
+        self.extend(writes.into_iter().enumerate().map(item).collect());
     }
 
-    /// Queues a write of no log. The receiver is told whether it was taken.
+    /// Queues a write of no log. The receiver is told when the database has it, or that it never will.
     pub(super) fn push_alone(&self, write: Write) -> oneshot::Receiver<bool> {
         let (sender, receiver) = oneshot::channel();
-        self.extend(vec![Item { write, whose: Whose::Nobodys(sender) }]);
+        self.extend(vec![Item { write, whose: Whose::Nobodys(sender), goes_on: false }]);
         receiver
     }
 
@@ -85,7 +95,7 @@ impl Queue {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let count = items.len() as u64;
         let bytes: usize = items.iter().map(|item| size(&item.write)).sum();
-        inner.writes.extend(items);
+        inner.extend(items);
         self.done.send_modify(|(_, queued)| *queued += bytes);
         self.pushed.send_modify(|pushed| *pushed += count);
     }
@@ -119,8 +129,11 @@ impl Queue {
 
     fn take(&self) -> Vec<Item> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = inner.writes.len().min(BATCH);
-        inner.writes.drain(..count).collect()
+        let mut count = inner.len().min(BATCH);
+        while count > 0 && inner.get(count - 1).is_some_and(|last| last.goes_on) {
+            count += 1;
+        }
+        inner.drain(..count).collect()
     }
 }
 
@@ -141,114 +154,108 @@ pub(super) async fn run(shared: Arc<Shared>, shutdown: CancellationToken) {
     }
 }
 
+/// Brings what was shown to the disk, soon after. Runs until shutdown, and once more then.
+pub(super) async fn sync(shared: Arc<Shared>, shutdown: CancellationToken) {
+    let mut unsynced = shared.queue.unsynced.subscribe();
+    loop {
+        tokio::select! {
+            changed = unsynced.changed() => if changed.is_err() { return },
+            () = shutdown.cancelled() => {}
+        }
+        tokio::select! {
+            () = tokio::time::sleep(SYNC) => {}
+            () = shutdown.cancelled() => {}
+        }
+        let journal = Arc::clone(&shared.journal);
+        if let Ok(Err(error)) = shared.tasks.spawn_blocking(move || journal.sync()).await {
+            tracing::error!(%error, "the journal cannot be synced: a loss of power may take what was shown");
+        }
+        if shutdown.is_cancelled() {
+            return;
+        }
+    }
+}
+
 async fn commit(shared: &Shared, batch: Vec<Item>) {
     let count = batch.len() as u64;
     let bytes: usize = batch.iter().map(|item| size(&item.write)).sum();
     let (owners, writes): (Vec<_>, Vec<_>) = batch.into_iter().map(|item| (item.whose, item.write)).unzip();
-    if until_taken(shared, &writes).await {
-        publish(shared, owners.into_iter().zip(writes));
-    } else {
-        // One execution's writes are refused for good. The others of the batch have nothing to do with it.
-        let mut groups: BTreeMap<Option<ExecutionId>, (Vec<Whose>, Vec<Write>)> = BTreeMap::new();
-        for (whose, write) in owners.into_iter().zip(writes) {
-            // `None` comes first: a session before its executions.
-            let id = match &whose {
-                Whose::Log(live) => Some(live.id),
-                Whose::Nobodys(_) => None,
-            };
-            let group = groups.entry(id).or_default();
-            group.0.push(whose);
-            group.1.push(write);
-        }
-        for (id, (owners, writes)) in groups {
-            if until_taken(shared, &writes).await {
-                publish(shared, owners.into_iter().zip(writes));
-                continue;
-            }
-            tracing::error!(
-                execution = id.map(tracing::field::display),
-                "what belongs to this cannot be written and is given up"
-            );
-            for whose in owners {
-                match whose {
-                    Whose::Log(live) => {
-                        live.give_up();
-                        shared.lock_live().remove(&live.id);
-                    }
-                    Whose::Nobodys(done) => drop(done.send(false)),
-                }
-            }
-        }
-    }
+    let (at, after) = until_taken(shared, &writes).await;
+    publish(&owners, &writes, at);
+    shared.outgoing.push(Parcel::new(at, after, owners, writes));
     shared.queue.done.send_modify(|(done, queued)| {
         *done += count;
         *queued -= bytes;
     });
 }
 
-/// **The commit point.** `true` once the writes are durable, `false` where they never can be.
-async fn until_taken(shared: &Shared, writes: &[Write]) -> bool {
-    let mut pause = Duration::from_millis(50);
+/// Whether it has to be on the disk, and not only on its way there, before anyone has it.
+fn is_weighty(write: &Write) -> bool {
+    match write {
+        Write::Submit(_) | Write::Session(_) | Write::Delete { .. } => true,
+        Write::Change { record, .. } => record.status.is_final(),
+        Write::Event { .. } | Write::Progress(_) => false,
+    }
+}
+
+/// **The commit point.** Returns once the journal has the writes.
+async fn until_taken(shared: &Shared, writes: &[Write]) -> (Position, Position) {
+    let mut pause = SYNC;
+    let record: Arc<[u8]> = ship::encode(writes).into();
+    let weighty = writes.iter().any(is_weighty);
     loop {
-        match shared.store.commit(writes).await {
-            Ok(()) => {
-                shared.queue.set_trouble(None);
-                return true;
+        let (journal, bytes) = (Arc::clone(&shared.journal), Arc::clone(&record));
+        let taken = shared.tasks.spawn_blocking(move || {
+            let places = journal.append(&bytes)?;
+            if weighty {
+                journal.sync()?;
             }
-            Err(error) if error.is_transient() => {
-                tracing::warn!(
-                    error = &error as &dyn std::error::Error,
-                    waiting = writes.len(),
-                    "the database does not take events; trying again"
-                );
-                shared.queue.set_trouble(Some(error.to_string()));
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(MAX_PAUSE);
+            Ok(places)
+        });
+        match taken.await.unwrap_or_else(|error| Err(io::Error::other(error))) {
+            Ok(places) => {
+                shared.queue.set_trouble(None);
+                if !weighty {
+                    shared.queue.unsynced.send_modify(|count| *count += 1);
+                }
+                return places;
             }
             Err(error) => {
-                tracing::error!(error = &error as &dyn std::error::Error, "the database refuses a batch");
-                return false;
+                tracing::error!(%error, waiting = writes.len(), "the journal takes nothing; trying again");
+                shared.queue.set_trouble(Some(format!("the journal takes nothing: {error}")));
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(MAX_PAUSE);
             }
         }
     }
 }
 
-fn publish(shared: &Shared, batch: impl Iterator<Item = (Whose, Write)>) {
+fn publish(owners: &[Whose], writes: &[Write], at: Position) {
     #[derive(Default)]
     struct News {
         events: Vec<Event>,
         record: Option<ExecutionRecord>,
     }
-    let mut news: Vec<(Arc<Live>, News)> = Vec::new();
-    for (whose, write) in batch {
-        let live = match whose {
-            Whose::Log(live) => live,
-            Whose::Nobodys(done) => {
-                // Where nobody waits any more it is written all the same.
-                let _ = done.send(true);
-                continue;
-            }
-        };
-        let at = match news.iter().position(|(other, _)| other.id == live.id) {
-            Some(at) => at,
+    let mut news: Vec<(&Arc<Live>, News)> = Vec::new();
+    for (whose, write) in owners.iter().zip(writes) {
+        let Whose::Log(live) = whose else { continue };
+        let place = match news.iter().position(|(other, _)| other.id == live.id) {
+            Some(place) => place,
             None => {
                 news.push((live, News::default()));
                 news.len() - 1
             }
         };
-        let entry = &mut news[at].1;
+        let entry = &mut news[place].1;
         match write {
-            Write::Event { event, .. } => entry.events.push(event),
+            Write::Event { event, .. } => entry.events.push(event.clone()),
             Write::Submit(record) | Write::Change { record, .. } | Write::Progress(record) => {
-                entry.record = Some(*record);
+                entry.record = Some((**record).clone());
             }
-            Write::Session(_) => {}
+            Write::Session(_) | Write::Delete { .. } => {}
         }
     }
     for (live, News { events, record }) in news {
-        if live.publish(events, record) {
-            // From here on the store alone has it; readers that hold the head see that it has ended.
-            shared.lock_live().remove(&live.id);
-        }
+        live.publish(events, record, at);
     }
 }

@@ -1,6 +1,7 @@
 //! The log of one live execution: numbers its events, and holds its newest committed ones in memory.
 
 use super::{Page, ReadQuery, Shared};
+use crate::journal::Position;
 use crate::model::event::{Event, NewEvent};
 use crate::model::{ExecutionId, ExecutionRecord, Status};
 use crate::store::Write;
@@ -9,7 +10,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::watch;
 
-/// How much of a log is kept in memory for its readers; older events come from the store.
+/// How much of a log is kept in memory for its readers; older events come from the journal or the store.
 const TAIL_BYTES: usize = 1024 * 1024;
 
 /// How far a log goes, as committed. A level: readers look at it, it is not a message.
@@ -32,7 +33,25 @@ pub(super) struct Live {
     pub(super) id: ExecutionId,
     next: Mutex<u64>,
     tail: Mutex<Tail>,
+    shipping: Mutex<Shipping>,
     head: watch::Sender<Head>,
+}
+
+/// Where the events are.
+#[derive(Debug)]
+struct Shipping {
+    /// The database has them up to this one.
+    shipped: u64,
+    /// The records of the journal that hold the others, each by its first event.
+    records: VecDeque<(u64, Position)>,
+}
+
+/// Where the event after another one is.
+pub(super) enum Place {
+    /// In the database, which has them up to this one at least.
+    Shipped(u64),
+    /// In this record of the journal.
+    Journal(Position),
 }
 
 #[derive(Debug, Default)]
@@ -55,6 +74,7 @@ impl Live {
             id: head.record.id,
             next: Mutex::new(head.last_seq + 1),
             tail: Mutex::default(),
+            shipping: Mutex::new(Shipping { shipped: head.last_seq, records: VecDeque::new() }),
             head: watch::Sender::new(head),
         }
     }
@@ -63,9 +83,12 @@ impl Live {
         self.head.subscribe()
     }
 
-    /// What the commit point has taken becomes visible. Returns whether the log has ended with it.
-    pub(super) fn publish(&self, events: Vec<Event>, record: Option<ExecutionRecord>) -> bool {
+    /// What the commit point has taken, and where, becomes visible.
+    pub(super) fn publish(&self, events: Vec<Event>, record: Option<ExecutionRecord>, at: Position) {
         let last = events.last().map(|event| (event.seq, event.timestamp));
+        if let Some(first) = events.first() {
+            self.lock_shipping().records.push_back((first.seq, at));
+        }
         if !events.is_empty() {
             let mut tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
             for event in events {
@@ -86,7 +109,29 @@ impl Live {
                 head.record = Arc::new(record);
             }
         });
-        self.head.borrow().ended
+    }
+
+    /// The database has the events up to this one.
+    pub(super) fn shipped(&self, last_seq: u64) {
+        let mut shipping = self.lock_shipping();
+        shipping.shipped = shipping.shipped.max(last_seq);
+        while shipping.records.get(1).is_some_and(|(first, _)| *first <= shipping.shipped + 1) {
+            shipping.records.pop_front();
+        }
+    }
+
+    /// Where the event after this one is, which is there.
+    pub(super) fn place(&self, after: u64) -> Place {
+        let shipping = self.lock_shipping();
+        let at = shipping.records.partition_point(|(first, _)| *first <= after + 1);
+        match at.checked_sub(1).and_then(|at| shipping.records.get(at)) {
+            Some((_, position)) if after >= shipping.shipped => Place::Journal(*position),
+            _ => Place::Shipped(shipping.shipped),
+        }
+    }
+
+    fn lock_shipping(&self) -> std::sync::MutexGuard<'_, Shipping> {
+        self.shipping.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn give_up(&self) {
@@ -107,9 +152,7 @@ impl Live {
         let mut page = Page { events: Vec::new(), next_after: query.after.max(last_seq), last_seq };
         let skip = usize::try_from((query.after + 1).saturating_sub(first)).unwrap_or(usize::MAX);
         for event in tail.events.iter().skip(skip).take_while(|event| event.seq <= last_seq) {
-            let wanted = query.types.as_ref().is_none_or(|types| types.contains(&event.kind))
-                && query.severities.as_ref().is_none_or(|severities| severities.contains(&event.severity));
-            if wanted {
+            if query.takes(event) {
                 page.events.push(event.clone());
                 if page.events.len() >= limit as usize {
                     page.next_after = event.seq;

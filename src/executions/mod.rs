@@ -52,6 +52,8 @@ use uuid::Uuid;
 
 /// How long a submission waits for its record to be durable.
 const SUBMIT_TIMEOUT: Duration = Duration::from_secs(8);
+/// How long a deletion may take to reach the database before its caller is told to come again.
+const DELETE_WAIT: Duration = Duration::from_secs(5);
 
 /// What the service is made with.
 #[derive(Clone, Debug)]
@@ -117,6 +119,8 @@ pub enum SubmitError {
     QueueFull,
     #[error("the sidecar shuts down")]
     ShuttingDown,
+    #[error("the journal is full")]
+    JournalFull,
     #[error("the submission could not be stored in time")]
     NotStored,
     #[error("the idempotency key stands for another submission")]
@@ -177,18 +181,21 @@ impl Executions {
     }
 
     /// Ends what an earlier life of this instance left unfinished: its processes are gone (each jail ends its own
-    /// with the sidecar), so the executions were interrupted. Learns which keys were used in the last 24 h. Call it before
-    /// anything is taken in.
+    /// with the sidecar), so the executions were interrupted. With `power_lost` their logs may lack events that somebody
+    /// saw, and go on under a new epoch. Learns which keys were used in the last 24 h. Call it before anything is taken in.
     ///
     /// # Errors
     /// Where the database cannot be asked.
-    pub async fn recover(&self) -> Result<usize, StoreError> {
+    pub async fn recover(&self, power_lost: bool) -> Result<usize, StoreError> {
         let (store, project) = (&self.shared.store, &self.shared.settings.project);
         let since = Utc::now() - idempotency::LIFE;
         self.shared.keys.remember(store.submitted_with_key(project, since, idempotency::MOST).await?);
         let left = store.unfinished(self.shared.settings.owner).await?;
         let count = left.len();
-        for record in left {
+        for mut record in left {
+            if power_lost {
+                record.epoch = record.epoch.saturating_add(1);
+            }
             tracing::warn!(execution = %record.id, status = record.status.as_str(), "an execution was interrupted by the end of the sidecar");
             let writer = self.shared.events.open(record.clone());
             let owner = self.adopt(record, writer, None);
@@ -260,6 +267,9 @@ impl Executions {
         }
         if self.shared.closing.load(Ordering::SeqCst) {
             return Err(SubmitError::ShuttingDown);
+        }
+        if self.shared.events.is_full() {
+            return Err(SubmitError::JournalFull);
         }
         // A place is held before anything is written, so that what is durable also runs.
         self.shared.lock_admission().reserve().map_err(|queue::Full| SubmitError::QueueFull)?;
@@ -395,6 +405,7 @@ impl Executions {
         before: Option<Cursor>,
         limit: u32,
     ) -> Result<Vec<ExecutionRecord>, StoreError> {
+        self.shared.events.settled().await;
         self.shared.store.history(&self.shared.settings.project, filter, before, limit).await
     }
 
@@ -452,17 +463,17 @@ impl Executions {
     /// not be ended in time, and is still there. Its key goes with it.
     ///
     /// # Errors
-    /// Where the database cannot be asked.
+    /// Where the database is away: then it is removed as soon as that is back.
     pub async fn delete(&self, id: ExecutionId, patience: Duration) -> Result<bool, StoreError> {
         let view = self.cancel(id, Some("the execution is deleted"), patience).await?;
         if self.shared.events.head(id).is_some_and(|head| !head.borrow().ended) {
             return Ok(false);
         }
-        self.shared.store.delete(&self.shared.settings.project, id).await?;
+        let deleted = self.shared.events.delete(id, DELETE_WAIT).await;
         if let Some(idempotency) = view.and_then(|view| view.record.idempotency.clone()) {
             self.shared.keys.forget(&idempotency, id);
         }
-        Ok(true)
+        if deleted { Ok(true) } else { Err(StoreError::timeout(DELETE_WAIT)) }
     }
 
     /// Executions that run and that wait.

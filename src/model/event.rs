@@ -207,7 +207,7 @@ impl NewEvent {
 }
 
 /// An event with its place in a log. Cheap to clone.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Event {
     /// Place in the execution's log: 1, 2, 3 … without a gap.
     pub seq: u64,

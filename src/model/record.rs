@@ -26,7 +26,7 @@ pub struct Usage {
 }
 
 /// The row of an execution: what was asked for, and how it stands.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ExecutionRecord {
     pub id: ExecutionId,
     /// The pod's project; history is read within one only.
@@ -46,6 +46,9 @@ pub struct ExecutionRecord {
     pub started_at: Option<DateTime<Utc>>,
     pub completed_at: Option<DateTime<Utc>>,
     pub paused_ms: u64,
+    /// Which life of its log this is, from 1. A higher one: a loss of power may have taken events that a reader saw,
+    /// and other events have their numbers.
+    pub epoch: NonZeroU32,
     /// Protections that were on while it ran, by name.
     pub protections: Vec<String>,
     pub final_message: Option<String>,
@@ -75,6 +78,7 @@ impl ExecutionRecord {
             started_at: None,
             completed_at: None,
             paused_ms: 0,
+            epoch: NonZeroU32::MIN,
             protections,
             final_message: None,
             error: None,

@@ -3,6 +3,7 @@
 use super::SessionId;
 use super::task::ModelChoice;
 use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::num::NonZeroU32;
 use std::str::FromStr;
@@ -10,7 +11,7 @@ use uuid::Uuid;
 
 /// A session that a caller made: a conversation that takes one prompt after another. Its status is that of its latest
 /// execution.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SessionRecord {
     /// The caller's own id.
     pub id: SessionId,

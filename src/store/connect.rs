@@ -1,6 +1,7 @@
 //! The connection pool: how connections are made, what each of them is told, and how long one operation may take.
 
 use super::StoreError;
+use super::error::Cause;
 use secrecy::{ExposeSecret, SecretString};
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
@@ -19,6 +20,9 @@ const STATEMENT_LIMIT: Duration = Duration::from_secs(10);
 /// network to the server is gone.
 const OPERATION_LIMIT: Duration = Duration::from_secs(20);
 const SLOW_STATEMENT: Duration = Duration::from_secs(1);
+/// How often is looked whether the server answers, and how long it has.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+const LOOK_LIMIT: Duration = Duration::from_secs(2);
 /// Postgres cuts longer names off without a word.
 const MAX_NAME_BYTES: usize = 63;
 
@@ -65,6 +69,8 @@ pub struct Store {
     pub(super) callbacks: bool,
     /// Counts up with each of them that is committed here.
     pub(super) callbacks_written: watch::Sender<u64>,
+    /// Whether it did not answer at the last look.
+    away: watch::Sender<bool>,
 }
 
 impl fmt::Debug for Store {
@@ -94,7 +100,14 @@ impl Store {
                 Box::pin(async move { prepare(connection, &search_path, STATEMENT_LIMIT).await })
             })
             .connect_lazy_with(connect.clone());
-        Ok(Self { pool, options: connect, schema, callbacks: false, callbacks_written: watch::Sender::new(0) })
+        Ok(Self {
+            pool,
+            options: connect,
+            schema,
+            callbacks: false,
+            callbacks_written: watch::Sender::new(0),
+            away: watch::Sender::new(false),
+        })
     }
 
     /// Keeps each change of status of a caller's session for the backend, until [`Store::callback_taken`]. Off at first:
@@ -116,11 +129,25 @@ impl Store {
     /// # Errors
     /// [`StoreError::Unavailable`] or [`StoreError::Refused`] where it does not.
     pub async fn ping(&self) -> Result<(), StoreError> {
-        self.run(async |connection: &mut PgConnection| {
-            connection.execute("SELECT 1").await?;
-            Ok(())
-        })
-        .await
+        let answer = self.insist(async |connection: &mut PgConnection| Ok(connection.execute("SELECT 1").await?));
+        answer.await?;
+        self.set_away(false);
+        Ok(())
+    }
+
+    /// Looks now and then whether it answers, until this is dropped. While it does not, whoever wants to read from it
+    /// is refused at once and does not wait for a server that says nothing.
+    pub async fn watch(&self) {
+        loop {
+            if !matches!(tokio::time::timeout(LOOK_LIMIT, self.ping()).await, Ok(Ok(()))) {
+                self.set_away(true);
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    fn set_away(&self, away: bool) {
+        self.away.send_if_modified(|before| std::mem::replace(before, away) != away);
     }
 
     /// Closes every connection, waiting for those in use. Later calls are [`StoreError::Unavailable`].
@@ -128,8 +155,20 @@ impl Store {
         self.pool.close().await;
     }
 
-    /// Runs one operation on a connection of the pool, within the time that one may take.
+    /// Runs one operation on a connection of the pool, within the time that one may take; not where the server is known
+    /// to be away.
     pub(super) async fn run<T>(
+        &self,
+        work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        if *self.away.borrow() {
+            return Err(StoreError::Unavailable(Cause::Away));
+        }
+        self.insist(work).await
+    }
+
+    /// The same, whatever is known.
+    pub(super) async fn insist<T>(
         &self,
         work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {

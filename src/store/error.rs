@@ -41,6 +41,8 @@ pub enum Cause {
     Database(Box<sqlx::Error>),
     #[error("no answer within {0} s")]
     Timeout(u64),
+    #[error("it did not answer a moment ago")]
+    Away,
 }
 
 impl StoreError {
@@ -49,7 +51,8 @@ impl StoreError {
         matches!(self, Self::Unavailable(_) | Self::Refused(_))
     }
 
-    pub(super) fn timeout(limit: std::time::Duration) -> Self {
+    /// The database did not do it within this time.
+    pub fn timeout(limit: std::time::Duration) -> Self {
         Self::Unavailable(Cause::Timeout(limit.as_secs()))
     }
 }

@@ -58,7 +58,7 @@ impl Store {
             ExecutionRow,
             r#"SELECT id, project_id, owner, session_id, ordinal, status, reason, progress, last_seq, task::text AS "task!",
                       protections, final_message, error, files_modified, usage::text AS "usage!",
-                      created_at, started_at, completed_at, paused_ms,
+                      created_at, started_at, completed_at, paused_ms, epoch,
                       idempotency_caller, idempotency_key, fingerprint
                FROM executions WHERE project_id = $1 AND id = $2"#,
             project,
@@ -83,7 +83,7 @@ impl Store {
             ExecutionRow,
             r#"SELECT id, project_id, owner, session_id, ordinal, status, reason, progress, last_seq, task::text AS "task!",
                       protections, final_message, error, files_modified, usage::text AS "usage!",
-                      created_at, started_at, completed_at, paused_ms,
+                      created_at, started_at, completed_at, paused_ms, epoch,
                       idempotency_caller, idempotency_key, fingerprint
                FROM executions
                WHERE project_id = $1
@@ -146,7 +146,7 @@ impl Store {
             ExecutionRow,
             r#"SELECT id, project_id, owner, session_id, ordinal, status, reason, progress, last_seq, task::text AS "task!",
                       protections, final_message, error, files_modified, usage::text AS "usage!",
-                      created_at, started_at, completed_at, paused_ms,
+                      created_at, started_at, completed_at, paused_ms, epoch,
                       idempotency_caller, idempotency_key, fingerprint
                FROM executions WHERE owner = $1 AND completed_at IS NULL ORDER BY created_at, id"#,
             owner

@@ -35,6 +35,7 @@ pub(super) struct ExecutionRow {
     pub(super) idempotency_caller: Option<String>,
     pub(super) idempotency_key: Option<String>,
     pub(super) fingerprint: Option<Vec<u8>>,
+    pub(super) epoch: i32,
 }
 
 impl TryFrom<ExecutionRow> for ExecutionRecord {
@@ -61,6 +62,7 @@ impl TryFrom<ExecutionRow> for ExecutionRecord {
             started_at: row.started_at,
             completed_at: row.completed_at,
             paused_ms: u64::try_from(row.paused_ms).map_err(|_| corrupt("paused_ms"))?,
+            epoch: ordinal_of(row.epoch).ok_or_else(|| corrupt("epoch"))?,
             protections: row.protections,
             final_message: row.final_message,
             error: row.error,

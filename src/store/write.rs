@@ -7,12 +7,13 @@
 use super::row::{bigint, integer, text, texts};
 use super::{Store, StoreError, callbacks, sessions};
 use crate::model::{Event, ExecutionId, ExecutionRecord, SessionRecord, Status};
+use serde::{Deserialize, Serialize};
 use sqlx::{Connection, PgConnection};
 use std::collections::BTreeMap;
 use uuid::Uuid;
 
 /// One thing to write.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Write {
     /// A new execution. One that exists already is left as it is.
     Submit(Box<ExecutionRecord>),
@@ -24,8 +25,21 @@ pub enum Write {
     /// A session that outlives its executions, as it stands now: made where it is not there yet, and never opened again
     /// where it has ended.
     Session(Box<SessionRecord>),
+    /// An execution of the project is removed with its log.
+    Delete { project: String, execution: ExecutionId },
     /// `progress`, `usage`, `files_modified` and `last_seq` of an execution that goes on. A final row is left as it is.
     Progress(Box<ExecutionRecord>),
+}
+
+impl Write {
+    /// The execution that it belongs to; `None` for a session.
+    pub fn execution(&self) -> Option<ExecutionId> {
+        match self {
+            Self::Submit(record) | Self::Progress(record) | Self::Change { record, .. } => Some(record.id),
+            Self::Event { execution, .. } | Self::Delete { execution, .. } => Some(*execution),
+            Self::Session(_) => None,
+        }
+    }
 }
 
 /// What the batch says about one execution's row: its changes of status as a chain, and its last record.
@@ -59,13 +73,13 @@ impl<'a> Plan<'a> {
                     (record.id, record.last_seq)
                 }
                 Write::Event { execution, event } => (*execution, event.seq),
-                Write::Session(_) => continue,
+                Write::Session(_) | Write::Delete { .. } => continue,
             };
             let plan: &mut Self =
                 plans.entry(id.0).or_insert_with(|| Self { chain: Vec::new(), record: None, last_seq: 0 });
             plan.last_seq = plan.last_seq.max(seq);
             match write {
-                Write::Submit(_) | Write::Event { .. } | Write::Session(_) => {}
+                Write::Submit(_) | Write::Event { .. } | Write::Session(_) | Write::Delete { .. } => {}
                 Write::Progress(record) => plan.record = Some(record),
                 Write::Change { expected, record } => {
                     match plan.chain.last() {
@@ -102,7 +116,7 @@ impl<'a> Plan<'a> {
 }
 
 impl Store {
-    /// Writes a batch in one transaction: submissions, then events, then the rows of executions. May be repeated
+    /// Writes a batch in one transaction: submissions, then events, then the rows of executions, then deletions. May be repeated
     /// after a failure whose outcome is not known. Writes for an execution that does not exist (it was deleted) are
     /// skipped. The caller bounds the batch: at most some 10,000 writes and 16 MiB.
     ///
@@ -114,7 +128,7 @@ impl Store {
             return Ok(());
         }
         let plans = Plan::of(writes)?;
-        let work = self.run(async |connection: &mut PgConnection| {
+        let work = self.insist(async |connection: &mut PgConnection| {
             let mut transaction = connection.begin().await?;
             let tell =
                 if self.callbacks { Some(callbacks::News::before(&mut transaction, writes).await?) } else { None };
@@ -123,7 +137,7 @@ impl Store {
                 news.push(match write {
                     Write::Submit(record) => insert(&mut transaction, record).await?,
                     Write::Session(record) => sessions::put(&mut transaction, record).await?,
-                    Write::Event { .. } | Write::Change { .. } | Write::Progress(_) => false,
+                    Write::Event { .. } | Write::Change { .. } | Write::Progress(_) | Write::Delete { .. } => false,
                 });
             }
             let rows = lock(&mut transaction, plans.keys().copied().collect()).await?;
@@ -141,6 +155,12 @@ impl Store {
                 }
             }
             raise(&mut transaction, raises).await?;
+            // Last: an execution is deleted after its end.
+            for write in writes {
+                if let Write::Delete { project, execution } = write {
+                    delete(&mut transaction, project, *execution).await?;
+                }
+            }
             let told = match tell {
                 Some(tell) => tell.of(writes, &news, replaced).write(&mut transaction).await?,
                 None => 0,
@@ -154,20 +174,14 @@ impl Store {
         }
         Ok(())
     }
-
-    /// Removes an execution of the project with its log. `false` where there was none. A submission of it that is
-    /// committed after this would bring it back: delete only what the log has shipped.
-    ///
-    /// # Errors
-    /// [`StoreError`]
-    pub async fn delete(&self, project: &str, id: ExecutionId) -> Result<bool, StoreError> {
-        let query = sqlx::query!("DELETE FROM executions WHERE project_id = $1 AND id = $2", project, id.0);
-        let done = self.run(async |connection: &mut PgConnection| Ok(query.execute(connection).await?)).await?;
-        Ok(done.rows_affected() > 0)
-    }
 }
 
-fn json<T: serde::Serialize>(value: &T) -> Result<String, StoreError> {
+async fn delete(connection: &mut PgConnection, project: &str, id: ExecutionId) -> Result<(), StoreError> {
+    sqlx::query!("DELETE FROM executions WHERE project_id = $1 AND id = $2", project, id.0).execute(connection).await?;
+    Ok(())
+}
+
+fn json<T: Serialize>(value: &T) -> Result<String, StoreError> {
     serde_json::to_string(value).map_err(|e| sqlx::Error::Encode(e.into()).into())
 }
 
@@ -180,9 +194,9 @@ async fn insert(connection: &mut PgConnection, record: &ExecutionRecord) -> Resu
         r#"INSERT INTO executions
              (id, project_id, owner, task_id, session_id, status, reason, progress, last_seq, task, protections,
               final_message, files_modified, usage, created_at, started_at, completed_at, paused_ms, ordinal, error,
-              idempotency_caller, idempotency_key, fingerprint)
+              idempotency_caller, idempotency_key, fingerprint, epoch)
            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10::text::json, $11, $12, $13, $14::text::json, $15, $16, $17, $18,
-                   $19, $20, $21, $22, $23)
+                   $19, $20, $21, $22, $23, $24)
            ON CONFLICT DO NOTHING"#,
         record.id.0,
         &*text(&record.project_id),
@@ -206,7 +220,8 @@ async fn insert(connection: &mut PgConnection, record: &ExecutionRecord) -> Resu
         error.as_deref(),
         caller.as_deref(),
         idempotency.map(|of| of.key.as_str()),
-        idempotency.map(|of| &of.fingerprint.0[..])
+        idempotency.map(|of| &of.fingerprint.0[..]),
+        integer(record.epoch)
     )
     .execute(connection)
     .await?;
@@ -278,7 +293,7 @@ async fn replace(
         r#"UPDATE executions
            SET status = $3, reason = $4, progress = $5, last_seq = GREATEST(last_seq, $6), protections = $7,
                final_message = $8, files_modified = $9, usage = $10::text::json,
-               started_at = $11, completed_at = $12, paused_ms = $13, error = $14,
+               started_at = $11, completed_at = $12, paused_ms = $13, error = $14, epoch = $16,
                -- A submission that was refused after all gives its key back.
                idempotency_caller = CASE WHEN $15 THEN idempotency_caller END,
                idempotency_key = CASE WHEN $15 THEN idempotency_key END,
@@ -298,7 +313,8 @@ async fn replace(
         record.completed_at,
         bigint(record.paused_ms),
         error.as_deref(),
-        record.idempotency.is_some()
+        record.idempotency.is_some(),
+        integer(record.epoch)
     )
     .execute(connection)
     .await?;

@@ -3,16 +3,20 @@
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
 use crate::support::postgres::fresh_database;
+use crate::support::proxy::Proxy;
 use crate::support::sidecar::soon;
 use chrono::Utc;
-use opencode_sidecar::events::{Events, ReadQuery};
-use opencode_sidecar::model::event::{EventType, NewEvent, Severity};
+use opencode_sidecar::events::{Events, LeftError, ReadQuery, ship_left};
+use opencode_sidecar::journal::Journal;
+use opencode_sidecar::model::event::{Event, EventType, NewEvent, Severity};
 use opencode_sidecar::model::task::{Limits, ModelChoice, Provider};
 use opencode_sidecar::model::{ExecutionId, ExecutionRecord, Reason, Status, Task, TaskId, Usage};
 use opencode_sidecar::store::Store;
 use opencode_sidecar::tasks::Tasks;
 use opencode_sidecar::telemetry::Metrics;
 use serde_json::json;
+use std::path::Path;
+use std::sync::Arc;
 
 fn record() -> ExecutionRecord {
     let model = ModelChoice {
@@ -42,11 +46,25 @@ fn record() -> ExecutionRecord {
     ExecutionRecord::new("p", uuid::Uuid::now_v7(), task, Vec::new(), Utc::now())
 }
 
-async fn log() -> (Events, Tasks) {
+/// A log with a journal and a database of its own.
+struct Log {
+    events: Events,
+    tasks: Tasks,
+    store: Store,
+    _directory: tempfile::TempDir,
+}
+
+async fn log() -> Log {
     let store = Store::connect(&fresh_database().await).await.unwrap();
     store.migrate().await.unwrap();
-    let tasks = Tasks::new();
-    (Events::start(store, "p".into(), Metrics::new().unwrap(), &tasks), tasks)
+    let (tasks, directory) = (Tasks::new(), tempfile::tempdir().unwrap());
+    let events = start(directory.path(), &store, &tasks);
+    Log { events, tasks, store, _directory: directory }
+}
+
+fn start(directory: &Path, store: &Store, tasks: &Tasks) -> Events {
+    let journal = Arc::new(Journal::open(directory).unwrap().0);
+    Events::start(journal, 1 << 30, store.clone(), "p".into(), Metrics::new().unwrap(), tasks)
 }
 
 /// Follows a log as every stream does: by a number, waiting for the head to move.
@@ -78,7 +96,7 @@ async fn follow(events: Events, id: ExecutionId, limit: u32) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn readers_see_every_event_once_while_it_grows_out_of_memory() {
-    let (events, tasks) = log().await;
+    let Log { events, tasks, _directory, .. } = log().await;
     let mut readers = Vec::new();
     let mut logs = Vec::new();
     for _ in 0..2 {
@@ -122,7 +140,8 @@ async fn readers_see_every_event_once_while_it_grows_out_of_memory() {
         let first = whole.entry(id).or_insert_with(|| seen.clone());
         assert!(*first == seen, "every reader sees the same bytes");
     }
-    assert_eq!((events.pending(), events.live()), (0, 0));
+    soon("everything is shipped", events.flushed()).await;
+    assert_eq!((events.pending(), events.unshipped(), events.live()), (0, 0, 0));
     for (id, seen) in whole {
         assert!(soon("the store", follow(events.clone(), id, 777)).await == seen, "and so does who comes later");
         let query = ReadQuery { after: 0, limit: 1000, types: None, severities: Some(vec![Severity::Warn]) };
@@ -135,7 +154,7 @@ async fn readers_see_every_event_once_while_it_grows_out_of_memory() {
 /// What the database refuses for good costs its own execution only.
 #[tokio::test]
 async fn a_log_that_cannot_be_written_is_given_up_and_its_neighbour_goes_on() {
-    let (events, tasks) = log().await;
+    let Log { events, tasks, store, _directory } = log().await;
     let (bad, good) = (record(), record());
     let (bad_writer, good_writer) = (events.open(bad.clone()), events.open(good.clone()));
     let first = bad_writer.append(NewEvent::status(Status::Pending, None, None)).await;
@@ -143,10 +162,126 @@ async fn a_log_that_cannot_be_written_is_given_up_and_its_neighbour_goes_on() {
     // Nobody may claim that a pending execution was paused.
     let mut wrong = bad.clone();
     wrong.status = Status::Running;
-    let seq = bad_writer.change(Status::Paused, wrong, vec![NewEvent::status(Status::Running, None, None)]);
+    bad_writer.change(Status::Paused, wrong, vec![NewEvent::status(Status::Running, None, None)]);
     let fine = good_writer.append(NewEvent::status(Status::Pending, None, None)).await;
-    assert!(!soon("it is given up", bad_writer.committed(seq)).await);
+    let mut head = bad_writer.head();
+    assert!(soon("it is given up", head.wait_for(|head| head.lost)).await.is_ok());
     assert!(soon("the neighbour", good_writer.committed(fine)).await);
+    soon("all", events.flushed()).await;
     assert_eq!(events.record(bad.id).await.unwrap().unwrap().status, Status::Pending);
+    assert_eq!(store.execution("p", good.id).await.unwrap().unwrap().last_seq, fine);
+    tasks.stop(std::time::Duration::from_secs(10)).await.unwrap();
+}
+
+/// A database that is not there: nobody waits for it, everything is read as if it were, and it gets everything.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_the_database_is_away_everything_goes_on_and_then_it_has_all() {
+    let (proxy, options) = Proxy::before(fresh_database().await).await;
+    let store = Store::connect(&options).await.unwrap();
+    store.migrate().await.unwrap();
+    let (tasks, directory) = (Tasks::new(), tempfile::tempdir().unwrap());
+    let events = start(directory.path(), &store, &tasks);
+    let mut record = record();
+    let id = record.id;
+    let writer = events.open(record.clone());
+    let text = |n: u64| NewEvent::new(EventType::Stdout, json!(format!("{n} {}", "x".repeat(2000))));
+    for n in 0..1000 {
+        writer.append(text(n)).await;
+    }
+    soon("the first part is shipped", events.flushed()).await;
+    proxy.cut();
+    for n in 1000..3000 {
+        writer.append(text(n)).await;
+    }
+    record.status = Status::Failed;
+    record.reason = Some(Reason::Interrupted);
+    record.completed_at = Some(Utc::now());
+    let seq = writer.change(
+        Status::Pending,
+        record,
+        vec![NewEvent::complete(Status::Failed, Reason::Interrupted, None, &[], &Usage::default())],
+    );
+    assert!(soon("the end", writer.committed(seq)).await);
+    // Beyond what memory keeps, and without the database: each page of a size of its own.
+    let mut readers = Vec::new();
+    for limit in [1, 7, 1000] {
+        let events = events.clone();
+        readers.push(tasks.spawn("reader", async move {
+            let (mut after, mut seen) = (1000, Vec::new());
+            while after < seq {
+                let page = events.read(id, seq, &ReadQuery { after, limit, ..ReadQuery::default() }).await.unwrap();
+                assert!(page.next_after > after && page.last_seq == seq);
+                seen.extend(page.events.iter().map(|event| (event.seq, event.json.to_string())));
+                after = page.next_after;
+            }
+            seen
+        }));
+    }
+    let mut all = Vec::new();
+    for reader in readers {
+        let seen = soon("a reader", reader).await.unwrap();
+        assert!(seen.iter().map(|(seq, _)| *seq).eq(1001..=seq), "no gap, nothing twice");
+        all.push(seen);
+    }
+    assert!(all.windows(2).all(|two| two[0] == two[1]), "every reader sees the same bytes");
+    assert!(events.record(id).await.unwrap().unwrap().status.is_final());
+    assert!(events.unshipped() > 0 && events.pending() == 0);
+    // And then it is back.
+    proxy.mend();
+    soon("all is shipped", events.flushed()).await;
+    assert_eq!((events.unshipped(), events.live(), events.outage()), (0, 0, None));
+    let stored = soon("the store", follow(events.clone(), id, 500)).await;
+    assert!(stored[1000..].iter().eq(all[0].iter().map(|(_, json)| json)), "and the database has the same bytes");
+    tasks.stop(std::time::Duration::from_secs(10)).await.unwrap();
+}
+
+/// A life that ends with the database away: the next one brings it all there, the same bytes under the same numbers.
+#[tokio::test]
+async fn what_a_life_leaves_in_the_journal_the_next_one_ships() {
+    let (proxy, options) = Proxy::before(fresh_database().await).await;
+    let store = Store::connect(&options).await.unwrap();
+    store.migrate().await.unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let (stays, goes) = (record(), record());
+    let mut told = Vec::new();
+    {
+        let tasks = Tasks::new();
+        let events = start(directory.path(), &store, &tasks);
+        let (one, other) = (events.open(stays.clone()), events.open(goes.clone()));
+        one.append(NewEvent::status(Status::Pending, None, None)).await;
+        let seq = other.append(NewEvent::status(Status::Pending, None, None)).await;
+        assert!(other.committed(seq).await);
+        soon("both are shipped", events.flushed()).await;
+        proxy.cut();
+        for n in 0..50 {
+            let seq = one.append(NewEvent::new(EventType::Stdout, json!(n))).await;
+            assert!(one.committed(seq).await);
+        }
+        assert!(!events.delete(goes.id, std::time::Duration::from_millis(1)).await, "not yet");
+        let page =
+            events.read(stays.id, 51, &ReadQuery { after: 0, limit: 100, ..ReadQuery::default() }).await.unwrap();
+        told.extend(page.events);
+        soon("it is in the journal", async {
+            while events.pending() > 0 {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+        tasks.stop(std::time::Duration::from_secs(10)).await.unwrap();
+    }
+    let tasks = Tasks::new();
+    let journal = Arc::new(Journal::open(directory.path()).unwrap().0);
+    // The database is still away: nothing is lost by that.
+    assert!(matches!(ship_left(&tasks, &journal, &store).await, Err(LeftError::Store(_))));
+    drop(journal);
+    proxy.mend();
+    let journal = Arc::new(Journal::open(directory.path()).unwrap().0);
+    assert!(ship_left(&tasks, &journal, &store).await.unwrap() > 50);
+    assert_eq!(ship_left(&tasks, &journal, &store).await.unwrap(), 0);
+    let events = Events::start(journal, 1 << 30, store.clone(), "p".into(), Metrics::new().unwrap(), &tasks);
+    let page = events.read(stays.id, 51, &ReadQuery { after: 0, limit: 100, ..ReadQuery::default() }).await.unwrap();
+    let json = |events: &[Event]| events.iter().map(|event| event.json.to_string()).collect::<Vec<_>>();
+    assert_eq!((json(&page.events), page.events.len()), (json(&told), 51));
+    assert_eq!(store.execution("p", goes.id).await.unwrap(), None, "what was deleted stays so");
     tasks.stop(std::time::Duration::from_secs(10)).await.unwrap();
 }

@@ -17,6 +17,7 @@ use opencode_sidecar::store::{Cursor, DatabaseOptions, EventQuery, HistoryFilter
 use secrecy::ExposeSecret;
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
+use std::num::NonZeroU32;
 use std::slice;
 use uuid::Uuid;
 
@@ -71,6 +72,7 @@ pub(crate) fn pending() -> ExecutionRecord {
         started_at: None,
         completed_at: None,
         paused_ms: 0,
+        epoch: NonZeroU32::new(3).unwrap(),
         protections: vec![],
         final_message: None,
         error: None,
@@ -358,9 +360,12 @@ async fn what_is_deleted_stays_deleted_and_its_later_writes_hold_nothing_up() {
     let (gone, stays) = (pending(), pending());
     let (first, second) = (event(1, EventType::Log, Severity::Info), event(2, EventType::Log, Severity::Info));
     store.commit(&[submit(&gone), submit(&stays), write(&gone, &first)]).await.unwrap();
-    assert!(!store.delete("another project", gone.id).await.unwrap());
-    assert!(store.delete(PROJECT, gone.id).await.unwrap());
-    assert!(!store.delete(PROJECT, gone.id).await.unwrap());
+    let delete = |project: &str| [Write::Delete { project: project.to_owned(), execution: gone.id }];
+    store.commit(&delete("another project")).await.unwrap();
+    assert_eq!(store.events(gone.id, &all()).await.unwrap(), std::slice::from_ref(&first));
+    for _ in 0..2 {
+        store.commit(&delete(PROJECT)).await.unwrap();
+    }
     assert_eq!(store.events(gone.id, &all()).await.unwrap(), []);
     let batch = [
         write(&gone, &second),

@@ -24,9 +24,10 @@ const LAYERS: &[(&str, &[&str])] = &[
     // Owners of I/O.
     ("sandbox", &["tasks"]),
     ("workspace", &[]),
+    ("journal", &[]),
     ("store", &["model", "tasks", "sandbox"]),
     // Services.
-    ("events", &["model", "tasks", "telemetry", "store"]),
+    ("events", &["model", "tasks", "telemetry", "journal", "store"]),
     ("opencode", &["model", "sse", "tasks", "sandbox"]),
     ("broker", &["model", "tasks"]),
     // Orchestration.
@@ -50,6 +51,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "config",
             "sandbox",
             "workspace",
+            "journal",
             "store",
             "events",
             "opencode",

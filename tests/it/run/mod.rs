@@ -7,6 +7,7 @@ mod idempotency;
 mod life;
 mod main_job;
 mod model_config;
+mod outage;
 mod queue;
 mod retention;
 mod sandboxed;

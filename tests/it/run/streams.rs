@@ -44,7 +44,7 @@ async fn a_socket_that_drops_and_resumes_sees_each_event_once() {
     let mut socket = sidecar.socket(&format!("/tasks/{id}/stream?after={last}")).await;
     assert_eq!(frame(&mut socket).await, Err(1000));
     let mut socket = sidecar.socket(&format!("/tasks/{id}/stream?after={}", last + 1)).await;
-    assert_eq!(frame(&mut socket).await.unwrap(), json!({ "type": "reset", "last_seq": last }));
+    assert_eq!(frame(&mut socket).await.unwrap(), json!({ "type": "reset", "last_seq": last, "epoch": 1 }));
     assert_eq!(frame(&mut socket).await.unwrap(), seen[0]);
     sidecar.stop().await;
 }
