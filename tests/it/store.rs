@@ -362,7 +362,7 @@ async fn what_is_deleted_stays_deleted_and_its_later_writes_hold_nothing_up() {
     store.commit(&[submit(&gone), submit(&stays), write(&gone, &first)]).await.unwrap();
     let delete = |project: &str| [Write::Delete { project: project.to_owned(), execution: gone.id }];
     store.commit(&delete("another project")).await.unwrap();
-    assert_eq!(store.events(gone.id, &all()).await.unwrap(), std::slice::from_ref(&first));
+    assert_eq!(store.events(gone.id, &all()).await.unwrap(), slice::from_ref(&first));
     for _ in 0..2 {
         store.commit(&delete(PROJECT)).await.unwrap();
     }
