@@ -481,7 +481,13 @@ impl Session {
 
     async fn end_processes(&self, done: bool) -> Ended {
         let (ended, closed) = tokio::join!(self.end_opencode(done), self.terminals.close());
-        Ended { nothing_left: ended.nothing_left && closed, ..ended }
+        let nothing_left = ended.nothing_left && closed;
+        if nothing_left {
+            self.share().await;
+        } else {
+            self.place.haunted.store(true, Ordering::Release);
+        }
+        Ended { nothing_left, ..ended }
     }
 
     async fn end_opencode(&self, done: bool) -> Ended {
@@ -495,12 +501,8 @@ impl Session {
             let _ = tokio::time::timeout(TERM, process.exited()).await;
         }
         match process.kill(KILL).await {
-            Ok(gone) => {
-                self.share().await;
-                Ended { cpu_seconds: gone.cpu_seconds, usage: gone.usage, nothing_left: true }
-            }
+            Ok(gone) => Ended { cpu_seconds: gone.cpu_seconds, usage: gone.usage, nothing_left: true },
             Err(left) => {
-                self.place.haunted.store(true, Ordering::Release);
                 tracing::error!(?left, session = %self.wanted.id, "processes of a session could not be ended");
                 Ended::default()
             }
@@ -515,7 +517,7 @@ impl Session {
     /// Opens what it has made to the workspace's group, where it is a user of its own: other sessions are others then.
     pub async fn share(&self) {
         let (Some(user), Some(confinement)) = (self.place.user, &self.confinement) else { return };
-        if !self.worked {
+        if !self.worked && self.terminals.used_at().is_none() {
             return;
         }
         let (session, workdir) = (self.wanted.id, &self.wanted.workdir);
