@@ -303,6 +303,7 @@ impl App {
                 confined: config.sandbox != SandboxMode::Off,
                 refused: protections.refused.clone(),
                 users: protections.users.clone(),
+                namespace: protections.namespace(),
                 workspace: workspace.root().to_path_buf(),
                 require: protections.require.clone(),
                 start_timeout: config.start_timeout,

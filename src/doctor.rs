@@ -175,12 +175,15 @@ fn kernel(report: &mut Report, offers: Result<&Offers, &RunError>) {
             "the kernel has it, but a listener above this process takes it",
         );
     }
-    let can = if offers.host.network_namespace { "one could be made here" } else { "none could be made here either" };
-    report.add("netns", State::Missing, format!("this version gives sessions no network namespace; {can}"));
 }
 
 /// Protections with what they give, and what there is without them.
 const LEVELS: &[(Protection, &str, &str)] = &[
+    (
+        Protection::Netns,
+        "a network namespace with nobody else's sockets (CAP_SYS_ADMIN, CAP_NET_ADMIN)",
+        "the gate, Landlock and the filter of calls alone keep it from the network",
+    ),
     (Protection::LandlockFs, "files outside are not read, written or executed (Linux 5.13)", "the user's rights alone"),
     (Protection::LandlockRefer, "links and renames between directories (5.19)", "these are refused, inside too"),
     (Protection::LandlockTruncate, "cutting a file is writing it (6.2)", "what can be opened can be cut"),

@@ -4,7 +4,7 @@
 //! told by its own jail and stands in the record of its execution.
 
 use crate::config::{Config, SandboxMode};
-use crate::sandbox::confine::Protection;
+use crate::sandbox::confine::{Namespace, Protection};
 use crate::sandbox::errand::{NoUser, Reach};
 use crate::sandbox::{Mechanism, Sandbox, User};
 use std::collections::BTreeSet;
@@ -121,6 +121,12 @@ impl Protections {
         }
     }
 
+    /// Where the sockets of a session are.
+    pub fn namespace(&self) -> Namespace {
+        let own = self.names.iter().any(|name| name == Protection::Netns.name());
+        if own { Namespace::Own } else { Namespace::Sidecars }
+    }
+
     /// For `/ready`: a word, and what it is about.
     pub fn state(&self, mode: SandboxMode) -> (&'static str, String) {
         let names = self.names.join(", ");
@@ -166,7 +172,7 @@ mod tests {
 
     #[test]
     fn whatever_the_jail_can_do_can_be_required() {
-        let others = ["cgroup", "disk", "netns"];
+        let others = ["cgroup", "disk"];
         let mut known: Vec<_> = Protection::ALL.iter().map(|p| p.name()).chain(others).collect();
         known.sort_unstable();
         assert_eq!(known, PROTECTIONS);

@@ -19,6 +19,7 @@ pub(crate) async fn run(world: &World) {
         connect: vec!["127.0.0.1:9".parse().unwrap()],
         serve: vec![20_000],
         local: vec![20_001, 20_002, 20_003, 20_004],
+        ..Network::default()
     };
     let jailed = |confinement: Option<Confinement>| async {
         let begin = Instant::now();

@@ -4,7 +4,7 @@
 //! Both of its pipes are read for as long as it lives.
 
 use super::profile::Directories;
-use crate::sandbox::confine::Confinement;
+use crate::sandbox::confine::{Confinement, Namespace, Protection};
 use crate::sandbox::{Limits, Process, Sandbox, Signal, Spec, StartError, User};
 use crate::tasks::Tasks;
 use std::collections::VecDeque;
@@ -116,6 +116,10 @@ impl Server {
         if let Some(confinement) = &mut spec.confinement {
             // The server's own port is the server's.
             confinement.network.serve.clear();
+            // What the agent serves for itself is there for this one too.
+            if self.process.confined().is_some_and(|confined| confined.has(Protection::Netns)) {
+                confinement.network.namespace = Namespace::Of(self.process.pid());
+            }
         }
         spec.beside = Some(self.process.handle());
         spec

@@ -158,7 +158,8 @@ fn execute(policy: &Policy) -> Result<(Pid, Option<Confined>, Option<Gate>), Fai
     let (pid, confined, listener) = confine::start(confinement, policy.uid_gid, &program, doors)?;
     let gate = listener.map(|listener| {
         let user = policy.uid_gid.filter(|(uid, _)| *uid != unistd::getuid().as_raw());
-        Gate::new(listener, confinement.network.clone(), user, policy.group.clone())
+        let apart = confined.has(confine::Protection::Netns);
+        Gate::new(listener, confinement.network.clone(), user, policy.group.clone(), apart)
     });
     Ok((pid, Some(confined), gate))
 }

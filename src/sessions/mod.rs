@@ -28,7 +28,7 @@ pub use terminal::{MAX_TERMINALS, Terminal, TerminalError, Terminals};
 use crate::broker::Broker;
 use crate::opencode::launch::Ports;
 use crate::sandbox::Sandbox;
-use crate::sandbox::confine::Protection;
+use crate::sandbox::confine::{Namespace, Protection};
 use crate::tasks::Tasks;
 use crate::telemetry::Metrics;
 use std::collections::BTreeSet;
@@ -50,6 +50,8 @@ pub struct Settings {
     pub directory: PathBuf,
     /// Whether sessions are confined, as far as this host can do that.
     pub confined: bool,
+    /// Where the sockets of a session are.
+    pub namespace: Namespace,
     /// The users that sessions run as, each one its own; without them, the sidecar's.
     pub users: Option<RangeInclusive<u32>>,
     /// What all of them work in.

@@ -276,6 +276,7 @@ impl Session {
                 Programs { opencode: &settings.command, sidecar: &settings.executable, path: path.unwrap_or_default() };
             let mut confinement = confinement(programs, directories, &wanted.workdir, shared.broker.address());
             confinement.require.clone_from(&settings.require);
+            confinement.network.namespace = settings.namespace;
             confinement
         });
         let to_launch = Launch {

@@ -100,7 +100,7 @@ async fn what_is_foreseen_is_what_is_claimed() {
 async fn it_says_no_and_names_what_is_missing() {
     let world = World::new().await;
     let cases = [
-        (("SANDBOX_REQUIRE", "netns,seccomp"), "SANDBOX_REQUIRE", "does not give netns"),
+        (("SANDBOX_REQUIRE", "landlock_unix,seccomp"), "SANDBOX_REQUIRE", "does not give landlock_unix"),
         (("OPENCODE_COMMAND", "/does/not/exist"), "opencode", "OPENCODE_COMMAND names /does/not/exist"),
         (("OPENCODE_COMMAND", "/bin/false"), "opencode", "/bin/false does not run"),
         (("DATABASE_URL", "postgres://u@127.0.0.1:9/d"), "database", "DATABASE_URL: "),
@@ -115,7 +115,7 @@ async fn it_says_no_and_names_what_is_missing() {
         assert!(state == "failed" && detail.contains(says), "{change:?}: {state}, {detail}");
         assert_eq!(report["ready"], json!(false));
     }
-    let output = ask(&world, As::Here, &[("SANDBOX", "required"), ("SANDBOX_REQUIRE", "netns")], &[]).await;
+    let output = ask(&world, As::Here, &[("SANDBOX", "required"), ("SANDBOX_REQUIRE", "landlock_unix")], &[]).await;
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.ends_with("No session could start: SANDBOX_REQUIRE\n"), "{text}");
 }

@@ -6,6 +6,10 @@
 //! memory or that descriptor in the meantime: nothing was looked at twice. The kernel is never told to go on with the
 //! thread's own call.
 //!
+//! A program in a network namespace of its own has sockets that lead nowhere. Where it may connect to something outside,
+//! or is to serve others, the gate makes a socket outside and puts it in the place of the program's, under the same
+//! number. Then the kernel alone carries what goes through.
+//!
 //! It is part of the jail's one thread, so it never waits: a socket that blocks is connected without blocking, and the
 //! answer is given when the kernel has one.
 //!
@@ -16,7 +20,7 @@
 
 use super::Network;
 use crate::sandbox::cgroup::Layout;
-use nix::libc::{self, seccomp_notif, seccomp_notif_resp};
+use nix::libc::{self, seccomp_notif, seccomp_notif_addfd, seccomp_notif_resp};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -52,6 +56,8 @@ pub(in crate::sandbox) struct Gate {
     user: Option<(u32, u32)>,
     /// The program's control group.
     group: Option<Layout>,
+    /// The program is in a network namespace that is not the jail's.
+    apart: bool,
     pending: Vec<Pending>,
 }
 
@@ -59,13 +65,22 @@ pub(in crate::sandbox) struct Gate {
 struct Pending {
     id: u64,
     socket: OwnedFd,
+    /// Where it is put once it is connected.
+    seat: Option<Seat>,
+}
+
+/// A descriptor of the program.
+#[derive(Clone, Copy)]
+struct Seat {
+    number: RawFd,
+    closes_at_exec: bool,
 }
 
 /// How a call goes on.
 enum Next {
     Answer,
     /// The answer comes when the socket is writable.
-    Wait(OwnedFd),
+    Wait(OwnedFd, Option<Seat>),
 }
 
 impl Gate {
@@ -75,8 +90,9 @@ impl Gate {
         network: Network,
         user: Option<(u32, u32)>,
         group: Option<Layout>,
+        apart: bool,
     ) -> Self {
-        Self { listener, network, user, group, pending: Vec::new() }
+        Self { listener, network, user, group, apart, pending: Vec::new() }
     }
 
     /// What to poll for.
@@ -100,7 +116,12 @@ impl Gate {
         let ready: Vec<bool> = fds.iter().skip(1).map(|fd| fd.any() == Some(true)).collect();
         for (pending, ready) in std::mem::take(&mut self.pending).into_iter().zip(ready) {
             if ready {
-                self.reply(pending.id, sockopt::socket_error(&pending.socket).and_then(|result| result));
+                let connected = sockopt::socket_error(&pending.socket).and_then(|result| result);
+                let seated = connected.and_then(|()| match pending.seat {
+                    Some(seat) => self.seat_blocking(pending.id, seat, &pending.socket),
+                    None => Ok(()),
+                });
+                self.reply(pending.id, seated);
             } else {
                 self.pending.push(pending);
             }
@@ -124,10 +145,10 @@ impl Gate {
     fn answer(&mut self, call: &seccomp_notif) {
         match self.make(call) {
             Ok(Next::Answer) => self.reply(call.id, Ok(())),
-            Ok(Next::Wait(socket)) if self.pending.len() < MOST_PENDING => {
-                self.pending.push(Pending { id: call.id, socket });
+            Ok(Next::Wait(socket, seat)) if self.pending.len() < MOST_PENDING => {
+                self.pending.push(Pending { id: call.id, socket, seat });
             }
-            Ok(Next::Wait(_)) => self.reply(call.id, Err(Errno::AGAIN)),
+            Ok(Next::Wait(..)) => self.reply(call.id, Err(Errno::AGAIN)),
             Err(errno) => self.reply(call.id, Err(errno)),
         }
     }
@@ -151,7 +172,10 @@ impl Gate {
                 }
                 Err(Errno::CONNREFUSED)
             }
-            libc::SYS_connect => self.connect(socket, address),
+            libc::SYS_connect => self.connect(call, socket, address),
+            libc::SYS_bind if self.apart && self.network.serve.contains(&address.port()) => {
+                self.bind_outside(call, &socket, address).map(|()| Next::Answer)
+            }
             libc::SYS_bind => self.bind(&socket, address).map(|()| Next::Answer),
             _ => Err(Errno::NOSYS),
         }
@@ -199,12 +223,16 @@ impl Gate {
         result
     }
 
-    fn connect(&self, socket: OwnedFd, address: SocketAddr) -> Result<Next> {
+    fn connect(&self, call: &seccomp_notif, socket: OwnedFd, address: SocketAddr) -> Result<Next> {
         let to = loopback_for_wildcard(address);
         let canonical = SocketAddr::new(to.ip().to_canonical(), to.port());
         let local = canonical.ip().is_loopback() && self.network.local.contains(&to.port());
         if !local && !self.network.connect.contains(&canonical) {
             return Err(Errno::ACCESS);
+        }
+        // One that has an address already was exchanged before: asked again, it is to answer for itself.
+        if self.apart && !local && port_of(&socket)? == 0 {
+            return self.connect_outside(call, &socket, to);
         }
         let flags = fcntl_getfl(&socket)?;
         if flags.contains(OFlags::NONBLOCK) {
@@ -216,9 +244,72 @@ impl Gate {
         fcntl_setfl(&socket, flags)?;
         match result {
             Ok(()) => Ok(Next::Answer),
-            Err(Errno::INPROGRESS | Errno::ALREADY) => Ok(Next::Wait(socket)),
+            Err(Errno::INPROGRESS | Errno::ALREADY) => Ok(Next::Wait(socket, None)),
             Err(errno) => Err(errno),
         }
+    }
+
+    /// Connects a socket of the jail's own, and puts it in the place of the program's.
+    fn connect_outside(&self, call: &seccomp_notif, socket: &OwnedFd, to: SocketAddr) -> Result<Next> {
+        let seat = self.seat_of(call)?;
+        let outside = twin(socket, to)?;
+        let blocks = !fcntl_getfl(socket)?.contains(OFlags::NONBLOCK);
+        let connected = net::connect(&outside, &to);
+        match connected {
+            Ok(()) if blocks => self.seat_blocking(call.id, seat, &outside).map(|()| Next::Answer),
+            Err(Errno::INPROGRESS) if blocks => Ok(Next::Wait(outside, Some(seat))),
+            Ok(()) | Err(Errno::INPROGRESS) => {
+                self.seat(call.id, seat, &outside)?;
+                connected.map(|()| Next::Answer)
+            }
+            Err(errno) => Err(errno),
+        }
+    }
+
+    /// The server of the program, for those outside.
+    fn bind_outside(&self, call: &seccomp_notif, socket: &OwnedFd, address: SocketAddr) -> Result<()> {
+        let seat = self.seat_of(call)?;
+        let outside = twin(socket, address)?;
+        sockopt::set_socket_reuseaddr(&outside, sockopt::socket_reuseaddr(socket)?)?;
+        if address.is_ipv6() {
+            sockopt::set_ipv6_v6only(&outside, sockopt::ipv6_v6only(socket)?)?;
+        }
+        self.bind(&outside, address)?;
+        if fcntl_getfl(socket)?.contains(OFlags::NONBLOCK) {
+            self.seat(call.id, seat, &outside)
+        } else {
+            self.seat_blocking(call.id, seat, &outside)
+        }
+    }
+
+    /// The descriptor that a call is about.
+    fn seat_of(&self, call: &seccomp_notif) -> Result<Seat> {
+        // The kernel takes 32 bits of it, like this.
+        let number = call.data.args[0] as RawFd;
+        let info = std::fs::read_to_string(format!("/proc/{}/fdinfo/{number}", call.pid)).unwrap_or_default();
+        let flags = info.lines().find_map(|line| i32::from_str_radix(line.strip_prefix("flags:")?.trim(), 8).ok());
+        // Where it may not be looked at: as nearly every program has it.
+        let closes_at_exec = flags.is_none_or(|flags| flags & libc::O_CLOEXEC != 0);
+        Ok(Seat { number, closes_at_exec })
+    }
+
+    /// Puts a socket in the place of the program's, for one that blocks.
+    fn seat_blocking(&self, id: u64, seat: Seat, socket: &OwnedFd) -> Result<()> {
+        fcntl_setfl(socket, fcntl_getfl(socket)? - OFlags::NONBLOCK)?;
+        self.seat(id, seat, socket)
+    }
+
+    /// Puts a socket in the place of the program's.
+    fn seat(&self, id: u64, seat: Seat, socket: &OwnedFd) -> Result<()> {
+        let descriptor = |fd: RawFd| u32::try_from(fd).map_err(|_| Errno::BADF);
+        let mut add = seccomp_notif_addfd {
+            id,
+            flags: u32::try_from(libc::SECCOMP_ADDFD_FLAG_SETFD).map_err(|_| Errno::INVAL)?,
+            srcfd: descriptor(socket.as_raw_fd())?,
+            newfd: descriptor(seat.number)?,
+            newfd_flags: if seat.closes_at_exec { libc::O_CLOEXEC.unsigned_abs() } else { 0 },
+        };
+        ioctl(&self.listener, libc::SECCOMP_IOCTL_NOTIF_ADDFD, &mut add)
     }
 
     fn bind(&self, socket: &OwnedFd, address: SocketAddr) -> Result<()> {
@@ -279,13 +370,29 @@ impl Gate {
     }
 }
 
-/// One of the three calls that a listener takes.
+/// The port that a socket has; 0 for one that has none yet.
+fn port_of(socket: &OwnedFd) -> Result<u16> {
+    Ok(SocketAddr::try_from(net::getsockname(socket)?)?.port())
+}
+
+/// A socket of this process, for an address of the same family, that does not block.
+fn twin(of: &OwnedFd, address: SocketAddr) -> Result<OwnedFd> {
+    let family = if address.is_ipv6() { net::AddressFamily::INET6 } else { net::AddressFamily::INET };
+    let flags = net::SocketFlags::CLOEXEC | net::SocketFlags::NONBLOCK;
+    let twin = net::socket_with(family, net::SocketType::STREAM, flags, Some(ipproto::TCP))?;
+    sockopt::set_tcp_nodelay(&twin, sockopt::tcp_nodelay(of)?)?;
+    sockopt::set_socket_keepalive(&twin, sockopt::socket_keepalive(of)?)?;
+    Ok(twin)
+}
+
+/// One of the calls that a listener takes.
 #[expect(unsafe_code, reason = "no crate has these calls")]
 fn ioctl<T>(listener: &OwnedFd, request: libc::Ioctl, argument: &mut T) -> Result<()> {
     // SAFETY: the number of each request has its argument's size in it, which is that of the type it is called with
     // here; the kernel reads or writes that much at the address, which lives until the call returns.
     let result = unsafe { libc::ioctl(listener.as_raw_fd(), request, std::ptr::from_mut(argument)) };
-    if result == 0 { Ok(()) } else { Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)) }
+    // One of them gives a descriptor's number.
+    if result >= 0 { Ok(()) } else { Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)) }
 }
 
 fn pidfd(thread: i32) -> Result<OwnedFd> {

@@ -2,6 +2,7 @@
 //!
 //! One file per mechanism:
 //! - `identity`: its user and groups, without any capability.
+//! - `namespace`: a network of its own, with nothing in it.
 //! - `landlock`: which files it reaches, and what of the network and of other processes.
 //! - `seccomp`: which calls of the kernel it has (`calls` is the list, each with its reason).
 //! - `gate`: connects, binds and listens in its place, so that address and port are checked; moves tools aside.
@@ -16,6 +17,7 @@ mod calls;
 mod gate;
 mod identity;
 mod landlock;
+mod namespace;
 mod offers;
 mod seccomp;
 mod spawn;
@@ -87,6 +89,21 @@ pub struct Network {
     /// Ports that it may listen on and connect to, at loopback addresses. One that asks for any free port gets one
     /// of these.
     pub local: Vec<u16>,
+    /// Where its sockets are.
+    pub namespace: Namespace,
+}
+
+/// Which network namespace a program is in. Whichever it is, it reaches what [`Network`] says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Namespace {
+    /// The sidecar's.
+    #[default]
+    Sidecars,
+    /// One of its own, where one can be made: see [`Protection::Netns`].
+    Own,
+    /// That of the process with this id, which runs.
+    Of(u32),
 }
 
 /// Limits of each process. What is absent stays as it is. No confined program writes core files.
@@ -104,6 +121,8 @@ pub struct Limits {
 pub enum Protection {
     /// A user of its own.
     Uid,
+    /// A network namespace without a way out but through the gate, and nobody else's sockets in it.
+    Netns,
     /// No capability, and none to be had.
     Capabilities,
     /// No program gives it more rights than it has.
@@ -132,8 +151,9 @@ pub enum Protection {
 
 impl Protection {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Uid,
+        Self::Netns,
         Self::Capabilities,
         Self::NoNewPrivs,
         Self::LandlockFs,
@@ -152,6 +172,7 @@ impl Protection {
     pub fn name(self) -> &'static str {
         match self {
             Self::Uid => "uid",
+            Self::Netns => "netns",
             Self::Capabilities => "capabilities",
             Self::NoNewPrivs => "no_new_privs",
             Self::LandlockFs => "landlock_fs",
@@ -222,6 +243,7 @@ struct Prepared {
     groups: Vec<u32>,
     limits: Limits,
     require: BTreeSet<Protection>,
+    namespace: Option<namespace::Wanted>,
     landlock: Option<landlock::Rules>,
     seccomp: Option<seccomp::Filter>,
     /// The child's end of the socket on which it tells the jail how it went.
@@ -240,11 +262,12 @@ pub(super) fn start(
 ) -> Result<(Pid, Confined, Option<OwnedFd>), Failed> {
     let landlock = landlock::prepare(confinement, landlock::kernel_abi())?;
     let seccomp = seccomp::prepare()?;
+    let namespace = namespace::prepare(&confinement.network)?;
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
         .map_err(|errno| Failed::new("confinement", errno))?;
     let Confinement { groups, limits, require, .. } = confinement.clone();
-    let prepared = Prepared { doors, user, groups, limits, require, landlock, seccomp, socket: theirs };
+    let prepared = Prepared { doors, user, groups, limits, require, namespace, landlock, seccomp, socket: theirs };
     let spawned = spawn::spawn(program, &prepared);
     match (told(&ours), spawned) {
         // It says more than an error's number.
@@ -284,6 +307,9 @@ impl Prepared {
         let mut confined = Confined { landlock_abi: landlock::kernel_abi(), ..Confined::default() };
         let mut on = |protections: &[Protection]| confined.protections.extend(protections);
         cgroup::join(&self.doors).map_err(|errno| Failed::new("cgroup", errno))?;
+        if self.namespace.as_ref().map_or(Ok(false), namespace::Wanted::enter)? {
+            on(&[Protection::Netns]);
+        }
         limit(Resource::RLIMIT_CORE, "rlimit_core", Some(0))?;
         limit(Resource::RLIMIT_NOFILE, "rlimit_nofile", self.limits.open_files)?;
         limit(Resource::RLIMIT_FSIZE, "rlimit_fsize", self.limits.file_size)?;
@@ -307,8 +333,15 @@ impl Prepared {
             listener = filter.apply()?;
             on(&[Protection::Seccomp]);
         }
-        if listener.is_some() {
-            on(&[Protection::Egress]);
+        match listener {
+            Some(_) => on(&[Protection::Egress]),
+            None if confined.has(Protection::Netns) => {
+                return Err(Failed::new(
+                    "netns",
+                    "nothing leads out of it, since this host does not let the gate listen",
+                ));
+            }
+            None => {}
         }
         // A user of its own takes signals, and no socket of the family takes the rest.
         if confined.has(Protection::LandlockScope) || confined.has(Protection::Uid) && confined.has(Protection::Seccomp)

@@ -1,7 +1,7 @@
 //! What of a confinement this host gives: tried in processes of their own, not guessed.
 
 use super::super::{RunError, Sandbox, Spec, StartError};
-use super::{Confined, Confinement, seccomp};
+use super::{Confined, Confinement, Namespace, seccomp};
 use nix::libc;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::wait::{WaitStatus, waitpid};
@@ -58,7 +58,16 @@ pub(in crate::sandbox) async fn ask(sandbox: &Sandbox) -> Result<Offers, RunErro
     let host = serde_json::from_slice(&output.stdout).map_err(malformed)?;
     let mut confinement = Confinement::default();
     confinement.files.execute.push("/".into());
-    let process = sandbox.start(Spec { confinement: Some(confinement), ..spec() }).await?;
+    confinement.network.namespace = Namespace::Own;
+    let started = sandbox.start(Spec { confinement: Some(confinement.clone()), ..spec() }).await;
+    let process = match started {
+        // There is one, but nothing to lead out of it.
+        Err(StartError::Step { step, .. }) if step == "netns" => {
+            confinement.network.namespace = Namespace::Sidecars;
+            sandbox.start(Spec { confinement: Some(confinement), ..spec() }).await?
+        }
+        started => started?,
+    };
     let confined = process.confined().ok_or(StartError::Lost { name: "probe".to_owned() })?;
     process.gone().await;
     Ok(Offers { confined, host })

@@ -71,8 +71,9 @@ async fn history_is_a_table_or_json() {
 async fn history_goes_through_all_pages() {
     let world = World::new().await;
     // Nothing runs here: each ends as `sandbox_unavailable`, which takes no time.
-    let sidecar =
-        world.start(&[("SANDBOX", "required"), ("SANDBOX_REQUIRE", "netns"), ("MAX_QUEUED_TASKS", "1000")]).await;
+    let sidecar = world
+        .start(&[("SANDBOX", "required"), ("SANDBOX_REQUIRE", "landlock_unix"), ("MAX_QUEUED_TASKS", "1000")])
+        .await;
     let mut ids = Vec::new();
     for _ in 0..205 {
         ids.insert(0, sidecar.submit(&Script::new().text("x")).await);

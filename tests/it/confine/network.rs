@@ -5,7 +5,7 @@
 
 use super::bench::{Bench, until_told};
 use opencode_sidecar::sandbox::Spec;
-use opencode_sidecar::sandbox::confine::{Network, Protection};
+use opencode_sidecar::sandbox::confine::{Namespace, Network, Protection};
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -24,10 +24,20 @@ struct Outside {
     neighbour: TcpListener,
     serve: u16,
     local: [u16; 2],
+    namespace: Namespace,
+}
+
+/// The namespaces that a program can have here: what it reaches is the same in each.
+fn namespaces() -> &'static [Namespace] {
+    if cfg!(as_root) { &[Namespace::Sidecars, Namespace::Own] } else { &[Namespace::Sidecars] }
 }
 
 impl Outside {
     fn new() -> Self {
+        Self::with(Namespace::Sidecars)
+    }
+
+    fn with(namespace: Namespace) -> Self {
         let broker = TcpListener::bind("127.0.0.1:0").unwrap();
         let elsewhere = TcpListener::bind(("127.0.0.2", broker.local_addr().unwrap().port())).unwrap();
         let neighbour = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -35,7 +45,7 @@ impl Outside {
             listener.set_nonblocking(true).unwrap();
         }
         let [serve, a, b] = ports();
-        Self { broker, elsewhere, neighbour, serve, local: [a, b] }
+        Self { broker, elsewhere, neighbour, serve, local: [a, b], namespace }
     }
 
     fn at(listener: &TcpListener) -> SocketAddr {
@@ -48,7 +58,12 @@ impl Outside {
 
     fn spec(&self, bench: &Bench, what: &str, args: &[String]) -> Spec {
         let mut spec = bench.program(what, args);
-        let network = Network { connect: vec![self.broker()], serve: vec![self.serve], local: self.local.into() };
+        let network = Network {
+            connect: vec![self.broker()],
+            serve: vec![self.serve],
+            local: self.local.into(),
+            namespace: self.namespace,
+        };
         spec.confinement.as_mut().unwrap().network = network;
         spec
     }
@@ -58,8 +73,8 @@ fn nobody_came(listener: &TcpListener) {
     assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
 }
 
-async fn connects(bench: &Bench, as_user: bool) {
-    let outside = Outside::new();
+async fn connects(bench: &Bench, as_user: bool, namespace: Namespace) {
+    let outside = Outside::with(namespace);
     let tries = [
         (outside.broker().to_string(), "ok"),
         // The same, as IPv6 writes it, and as Linux takes the wildcard.
@@ -96,7 +111,9 @@ async fn connects(bench: &Bench, as_user: bool) {
 #[tokio::test]
 async fn only_the_broker_is_connected_to() {
     let bench = Bench::new();
-    connects(&bench, false).await;
+    for namespace in namespaces() {
+        connects(&bench, false, *namespace).await;
+    }
     bench.stop().await;
 }
 
@@ -104,32 +121,36 @@ async fn only_the_broker_is_connected_to() {
 #[cfg_attr(not(as_root), ignore = "acts as another user, which takes root")]
 async fn only_the_broker_is_connected_to_by_a_user_of_its_own() {
     let bench = Bench::new();
-    connects(&bench, true).await;
+    for namespace in namespaces() {
+        connects(&bench, true, *namespace).await;
+    }
     bench.stop().await;
 }
 
 #[tokio::test]
 async fn a_program_listens_on_its_own_ports_at_loopback() {
     let bench = Bench::new();
-    let outside = Outside::new();
-    let (serve, [one, other]) = (outside.serve, outside.local);
-    let tries = [
-        (format!("127.0.0.1:{serve}"), format!("127.0.0.1:{serve}")),
-        (format!("0.0.0.0:{one}"), format!("127.0.0.1:{one}")),
-        (format!("[::]:{one}"), format!("[::ffff:127.0.0.1]:{one}")),
-        (format!("[::1]:{other}"), format!("[::1]:{other}")),
-        ("0.0.0.0:0".to_owned(), format!("127.0.0.1:{one}")),
-        (Outside::at(&outside.neighbour).to_string(), "EACCES".to_owned()),
-        (format!("0.0.0.0:{}", outside.broker().port()), "EACCES".to_owned()),
-        (format!("10.0.0.1:{one}"), "EACCES".to_owned()),
-        ("127.0.0.1:3003".to_owned(), "EACCES".to_owned()),
-    ];
-    let addresses: Vec<_> = tries.iter().map(|(address, _)| address.clone()).collect();
-    let told = bench.told(outside.spec(&bench, "bind", &addresses)).await;
-    assert_eq!(told, tries.map(|(_, wanted)| wanted), "{addresses:?}");
-    // One that never asked for an address would be at all of them.
-    let told = bench.told(outside.spec(&bench, "listen", &[])).await;
-    assert_eq!(told, [format!("127.0.0.1:{one}"), format!("[::ffff:127.0.0.1]:{other}")]);
+    for namespace in namespaces() {
+        let outside = Outside::with(*namespace);
+        let (serve, [one, other]) = (outside.serve, outside.local);
+        let tries = [
+            (format!("127.0.0.1:{serve}"), format!("127.0.0.1:{serve}")),
+            (format!("0.0.0.0:{one}"), format!("127.0.0.1:{one}")),
+            (format!("[::]:{one}"), format!("[::ffff:127.0.0.1]:{one}")),
+            (format!("[::1]:{other}"), format!("[::1]:{other}")),
+            ("0.0.0.0:0".to_owned(), format!("127.0.0.1:{one}")),
+            (Outside::at(&outside.neighbour).to_string(), "EACCES".to_owned()),
+            (format!("0.0.0.0:{}", outside.broker().port()), "EACCES".to_owned()),
+            (format!("10.0.0.1:{one}"), "EACCES".to_owned()),
+            ("127.0.0.1:3003".to_owned(), "EACCES".to_owned()),
+        ];
+        let addresses: Vec<_> = tries.iter().map(|(address, _)| address.clone()).collect();
+        let told = bench.told(outside.spec(&bench, "bind", &addresses)).await;
+        assert_eq!(told, tries.map(|(_, wanted)| wanted), "{addresses:?}");
+        // One that never asked for an address would be at all of them.
+        let told = bench.told(outside.spec(&bench, "listen", &[])).await;
+        assert_eq!(told, [format!("127.0.0.1:{one}"), format!("[::ffff:127.0.0.1]:{other}")]);
+    }
     bench.stop().await;
 }
 
@@ -137,66 +158,74 @@ async fn a_program_listens_on_its_own_ports_at_loopback() {
 #[tokio::test]
 async fn its_server_is_there_for_others_and_not_for_itself() {
     let bench = Bench::new();
-    let outside = Outside::new();
-    let at = SocketAddr::from(([127, 0, 0, 1], outside.serve));
-    let mut process = bench.sandbox.start(outside.spec(&bench, "serve", &[at.to_string()])).await.unwrap();
-    let stdout = until_told(&mut process, "serving").await;
-    let mut client = TcpStream::connect(at).unwrap();
-    client.write_all(b"from outside").unwrap();
-    drop(client);
-    let mut rest = String::new();
-    tokio::io::AsyncReadExt::read_to_string(&mut { stdout }, &mut rest).await.unwrap();
-    assert_eq!(super::program::told(&rest), ["from outside"]);
-    process.gone().await;
+    for namespace in namespaces() {
+        let outside = Outside::with(*namespace);
+        let at = SocketAddr::from(([127, 0, 0, 1], outside.serve));
+        let mut process = bench.sandbox.start(outside.spec(&bench, "serve", &[at.to_string()])).await.unwrap();
+        let stdout = until_told(&mut process, "serving").await;
+        let mut client = TcpStream::connect(at).unwrap();
+        client.write_all(b"from outside").unwrap();
+        drop(client);
+        let mut rest = String::new();
+        tokio::io::AsyncReadExt::read_to_string(&mut { stdout }, &mut rest).await.unwrap();
+        assert_eq!(super::program::told(&rest), ["from outside"]);
+        process.gone().await;
+    }
     bench.stop().await;
 }
 
 #[tokio::test]
 async fn an_address_that_changes_while_it_is_judged_gains_nothing() {
     let bench = Bench::new();
-    let outside = Outside::new();
-    let args = [outside.broker().to_string(), Outside::at(&outside.neighbour).to_string()];
-    let broker = outside.broker.try_clone().unwrap();
-    let spec = outside.spec(&bench, "race", &args);
-    let mut process = bench.sandbox.start(spec).await.unwrap();
-    let mut stdout = process.take_stdout().unwrap();
-    // Room for those that are let through.
-    let broker = tokio::net::TcpListener::from_std(broker).unwrap();
-    let mut text = String::new();
-    let accept = async {
-        loop {
-            broker.accept().await.unwrap();
+    for namespace in namespaces() {
+        let outside = Outside::with(*namespace);
+        let args = [outside.broker().to_string(), Outside::at(&outside.neighbour).to_string()];
+        let broker = outside.broker.try_clone().unwrap();
+        let spec = outside.spec(&bench, "race", &args);
+        let mut process = bench.sandbox.start(spec).await.unwrap();
+        let mut stdout = process.take_stdout().unwrap();
+        // Room for those that are let through.
+        let broker = tokio::net::TcpListener::from_std(broker).unwrap();
+        let mut text = String::new();
+        let accept = async {
+            loop {
+                broker.accept().await.unwrap();
+            }
+        };
+        tokio::select! {
+            () = accept => {}
+            _ = tokio::io::AsyncReadExt::read_to_string(&mut stdout, &mut text) => {}
         }
-    };
-    tokio::select! {
-        () = accept => {}
-        _ = tokio::io::AsyncReadExt::read_to_string(&mut stdout, &mut text) => {}
+        assert_eq!(super::program::told(&text), ["raced"]);
+        nobody_came(&outside.neighbour);
+        process.gone().await;
     }
-    assert_eq!(super::program::told(&text), ["raced"]);
-    nobody_came(&outside.neighbour);
-    process.gone().await;
     bench.stop().await;
 }
 
 #[tokio::test]
 async fn a_connect_that_waits_holds_up_no_other() {
     let bench = Bench::new();
-    let outside = Outside::new();
-    let own = SocketAddr::from(([127, 0, 0, 1], outside.local[0]));
-    let args = [own.to_string(), outside.broker().to_string()];
-    let told = bench.told(outside.spec(&bench, "full", &args)).await;
-    assert_eq!(told, ["waiting", "connected"]);
+    for namespace in namespaces() {
+        let outside = Outside::with(*namespace);
+        let own = SocketAddr::from(([127, 0, 0, 1], outside.local[0]));
+        let args = [own.to_string(), outside.broker().to_string()];
+        let told = bench.told(outside.spec(&bench, "full", &args)).await;
+        assert_eq!(told, ["waiting", "connected"]);
+    }
     bench.stop().await;
 }
 
 #[tokio::test]
 async fn a_socket_that_does_not_block_stays_so() {
     let bench = Bench::new();
-    let outside = Outside::new();
-    let told = bench.told(outside.spec(&bench, "nonblocking", &[outside.broker().to_string()])).await;
-    assert_eq!(told, ["begun", "Ok(())", "true"]);
-    let told = bench.told(outside.spec(&bench, "nonblocking", &[format!("127.0.0.1:{}", outside.local[0])])).await;
-    assert!(told[0] == "begun" && told[1].contains("ConnectionRefused") && told[2] == "true", "{told:?}");
+    for namespace in namespaces() {
+        let outside = Outside::with(*namespace);
+        let told = bench.told(outside.spec(&bench, "nonblocking", &[outside.broker().to_string()])).await;
+        assert_eq!(told, ["begun", "Ok(())", "true"]);
+        let told = bench.told(outside.spec(&bench, "nonblocking", &[format!("127.0.0.1:{}", outside.local[0])])).await;
+        assert!(told[0] == "begun" && told[1].contains("ConnectionRefused") && told[2] == "true", "{told:?}");
+    }
     bench.stop().await;
 }
 
@@ -209,5 +238,30 @@ async fn without_a_network_there_is_none() {
     let told = bench.told(bench.program("bind", &["127.0.0.1:0".to_owned()])).await;
     assert_eq!(told, ["EADDRINUSE"]);
     assert!(bench.confined(bench.sh("sleep 1000")).await.has(Protection::Egress));
+    bench.stop().await;
+}
+
+#[tokio::test]
+#[cfg_attr(not(as_root), ignore = "makes a network namespace, which takes root")]
+async fn in_a_namespace_of_its_own_there_is_nobody_else() {
+    let bench = Bench::new();
+    let outside = Outside::with(Namespace::Own);
+    let local = SocketAddr::from(([127, 0, 0, 1], outside.local[0]));
+    let mut process = bench.sandbox.start(outside.spec(&bench, "hold", &[local.to_string()])).await.unwrap();
+    let stdout = until_told(&mut process, "serving").await;
+    let confined = process.confined().unwrap();
+    assert!(confined.has(Protection::Netns) && confined.has(Protection::Egress), "{confined:?}");
+    let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
+    assert_ne!(namespace(&process.pid().to_string()), namespace("self"));
+    // Its own ports are its own: nobody outside gets there, and what stands beside it does.
+    assert!(TcpStream::connect(local).is_err());
+    let mut beside = outside.spec(&bench, "connect", &[local.to_string(), outside.broker().to_string()]);
+    beside.confinement.as_mut().unwrap().network.namespace = Namespace::Of(process.pid());
+    assert_eq!(bench.told(beside).await, ["ok", "ok"]);
+    outside.broker.accept().unwrap();
+    let mut rest = String::new();
+    tokio::io::AsyncReadExt::read_to_string(&mut { stdout }, &mut rest).await.unwrap();
+    assert_eq!(super::program::told(&rest), [""]);
+    process.gone().await;
     bench.stop().await;
 }

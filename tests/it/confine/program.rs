@@ -65,6 +65,7 @@ async fn a_program_tells_what_it_was_started_for() {
         "bind" => args.iter().for_each(|at| tell(bound(TcpListener::bind(address(at))))),
         "listen" => listen_unbound(),
         "serve" => serve(address(args[0])),
+        "hold" => hold(&TcpListener::bind(address(args[0])).unwrap()),
         "race" => race(address(args[0]), address(args[1])),
         "full" => full(address(args[0]), address(args[1])),
         "nonblocking" => nonblocking(address(args[0])),
@@ -179,6 +180,10 @@ fn listen_unbound() {
 fn serve(at: SocketAddr) {
     let listener = TcpListener::bind(at).unwrap();
     tell(outcome(TcpStream::connect(at)));
+    hold(&listener);
+}
+
+fn hold(listener: &TcpListener) {
     tell("serving");
     let (mut client, _) = listener.accept().unwrap();
     let mut text = String::new();

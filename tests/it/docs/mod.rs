@@ -152,7 +152,7 @@ fn on_default_model(mut call: Call) -> Call {
 #[tokio::test]
 async fn routes_exist_and_every_curl_command_is_taken() {
     let (world, other) = (World::new().await, World::new().await);
-    let sidecar = world.start(&[("SANDBOX", "required"), ("SANDBOX_REQUIRE", "netns")]).await;
+    let sidecar = world.start(&[("SANDBOX", "required"), ("SANDBOX_REQUIRE", "landlock_unix")]).await;
     let open = other.start(&[("OPENCODE_SHARED_SECRET", &sidecar.secret)]).await;
     let routes = Routes::new(&sidecar.get("/openapi.json").await);
     let roots = routes.roots();

@@ -107,12 +107,17 @@ async fn what_cannot_start_says_why() {
 #[tokio::test]
 async fn a_required_sandbox_that_is_not_there_fails_closed() {
     let world = World::new().await;
-    let sidecar = world.start(&[("SANDBOX", ""), ("SANDBOX_REQUIRE", "landlock_fs,netns")]).await;
+    let sidecar = world.start(&[("SANDBOX", ""), ("SANDBOX_REQUIRE", "landlock_fs,landlock_unix")]).await;
     let response = sidecar.http.get(format!("{}/ready", sidecar.base)).send().await.unwrap();
     assert_eq!(response.status(), 503);
     let ready: Value = response.json().await.unwrap();
     assert_eq!(ready["checks"]["sandbox"]["status"], "failed", "{ready:#}");
-    assert!(ready["checks"]["sandbox"]["detail"].as_str().unwrap().contains("does not give netns (SANDBOX_REQUIRE)"));
+    assert!(
+        ready["checks"]["sandbox"]["detail"]
+            .as_str()
+            .unwrap()
+            .contains("does not give landlock_unix (SANDBOX_REQUIRE)")
+    );
     let record = sidecar.finished(&sidecar.submit(&Script::new().text("x")).await).await;
     assert_eq!((&record["status"], &record["reason"]), (&json!("failed"), &json!("sandbox_unavailable")));
     assert_eq!(world.model.calls(), 0);
