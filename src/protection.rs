@@ -145,10 +145,12 @@ impl Protections {
 /// Otherwise why not, for people.
 async fn users(config: &Config, sandbox: &Sandbox, command: &Path) -> Result<RangeInclusive<u32>, String> {
     let range = config.session_uid_range.clone();
-    // It is made at the start, so that before the first one what it will be made in counts.
-    let state = config.state_dir.ancestors().find(|path| path.exists()).unwrap_or(&config.state_dir);
-    let places = [(Reach::Work, config.workspace_dir.as_path()), (Reach::Pass, state), (Reach::Pass, command)];
-    let gid = std::fs::metadata(&config.workspace_dir).map_err(|error| format!("WORKSPACE_DIR: {error}"))?.gid();
+    // They are made at the start, so that before the first one what they will be made in counts.
+    let existing = |path: &'_ Path| path.ancestors().find(|path| path.exists()).unwrap_or(path).to_owned();
+    let (workspace, state) = (existing(&config.workspace_dir), existing(&config.state_dir));
+    let work = if workspace == config.workspace_dir { Reach::Work } else { Reach::Pass };
+    let places = [(work, &*workspace), (Reach::Pass, &*state), (Reach::Pass, command)];
+    let gid = std::fs::metadata(&workspace).map_err(|error| format!("WORKSPACE_DIR: {error}"))?.gid();
     let (first, last) = (User { uid: *range.start(), gid }, User { uid: *range.end(), gid });
     match tokio::try_join!(sandbox.try_user(first, &places), sandbox.try_user(last, &places)) {
         Ok(_) => Ok(range),

@@ -146,7 +146,7 @@ impl Store {
         }
     }
 
-    fn set_away(&self, away: bool) {
+    pub(super) fn set_away(&self, away: bool) {
         self.away.send_if_modified(|before| std::mem::replace(before, away) != away);
     }
 

@@ -169,6 +169,7 @@ impl Store {
             Ok(told)
         });
         let told = work.await?;
+        self.set_away(false);
         if told > 0 {
             self.callbacks_written.send_modify(|written| *written += told);
         }

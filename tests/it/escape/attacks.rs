@@ -125,11 +125,11 @@ pub(super) static ATTACKS: &[Attack] = &[
     ),
     sh("cgroup-leave", "for d in /sys/fs/cgroup /sys/fs/cgroup/*; do echo $$ > $d/cgroup.procs && exit; done; exit 1"),
     sh("sidecar-executable", "d=$(dirname $SIDECAR_EXE) && touch $d/escape-$$ && rm $d/escape-$$"),
-    // What Landlock does not cover.
-    sh("stat", "stat $OUT/file").open(ToTheSameUser),
-    sh("chmod", "chmod 666 $OUT/scratch").open(ToTheSameUser),
-    sh("times", "touch -d 2001-01-01 $OUT/dir").open(ToTheSameUser),
-    call("attributes", calls::attributes, PERM).open(ToTheSameUser),
+    // What Landlock does not cover: in a directory of its owner alone, as every session has one.
+    sh("stat", "stat $OUT/private/file").open(ToTheSameUser),
+    sh("chmod", "chmod 666 $OUT/private/file").open(ToTheSameUser),
+    sh("times", "touch -d 2001-01-01 $OUT/private").open(ToTheSameUser),
+    call("attributes", calls::attributes, ACCES).open(ToTheSameUser),
     call("watch-directory", calls::watch_directory, ACCES).open(ToTheSameUser),
     call("terminal", calls::terminal, ACCES).open(ToTheSameUser),
     // Other processes: the sidecar, a neighbour's jail, a neighbour, and one that has nothing to do with it.

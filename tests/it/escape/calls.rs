@@ -133,13 +133,14 @@ pub(super) fn by_handle() -> Outcome {
 }
 
 pub(super) fn attributes() -> Outcome {
-    rustix::fs::setxattr(out("file"), "user.escape", b"1", rustix::fs::XattrFlags::empty())
+    rustix::fs::setxattr(out("private/file"), "user.escape", b"1", rustix::fs::XattrFlags::empty())
         .map_err(|errno| Errno::from_raw(errno.raw_os_error()))
 }
 
 pub(super) fn watch_directory() -> Outcome {
     let watch = descriptor(libc::SYS_inotify_init1, [0; 6])?;
-    make(libc::SYS_inotify_add_watch, [at(&watch), text(&var("OUT")).as_ptr() as u64, libc::IN_CREATE.into(), 0, 0, 0])
+    let private = text(&out("private"));
+    make(libc::SYS_inotify_add_watch, [at(&watch), private.as_ptr() as u64, libc::IN_CREATE.into(), 0, 0, 0])
 }
 
 /// A terminal that somebody else types into.

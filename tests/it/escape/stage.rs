@@ -143,11 +143,12 @@ impl Stage {
         let tasks = Tasks::new();
         let outside = tempfile::Builder::new().prefix("oc-escape-").tempdir().unwrap();
         let out = |name: &str| outside.path().join(name);
-        for name in ["file", "scratch", "removable", "movable", "swap", "dir/inner"] {
-            fs::create_dir_all(out("dir")).unwrap();
+        for name in ["file", "scratch", "removable", "movable", "swap", "dir/inner", "private/file"] {
+            fs::create_dir_all(out(name).parent().unwrap()).unwrap();
             file(&out(name), "outside", 0o666);
         }
         file(&out("run"), "#!/bin/sh\n", 0o777);
+        fs::set_permissions(out("private"), Permissions::from_mode(0o700)).unwrap();
         for directory in ["work", "other"] {
             fs::create_dir(world.file(directory)).unwrap();
         }
@@ -258,7 +259,7 @@ impl Stage {
             assert_eq!(fs::read_to_string(self.outside.path().join(name)).unwrap(), "outside", "{name}");
         }
         let names = fs::read_dir(self.outside.path()).unwrap().count();
-        assert_eq!(names, 9, "something was made outside");
+        assert_eq!(names, 10, "something was made outside");
     }
 
     /// The neighbour has not noticed anything, the sidecar neither, and nothing is left.
