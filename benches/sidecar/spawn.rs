@@ -3,7 +3,7 @@
 use crate::World;
 use crate::table::{Row, Shown, print, target};
 use opencode_sidecar::sandbox::Spec;
-use opencode_sidecar::sandbox::confine::{Confinement, Network};
+use opencode_sidecar::sandbox::confine::{Confinement, Namespace, Network};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -29,15 +29,22 @@ pub(crate) async fn run(world: &World) {
     };
     let bubblewrap = ["--unshare-all", "--ro-bind", "/", "/", "--cap-drop", "ALL", PROGRAM];
     let has_bubblewrap = plain("bwrap", &bubblewrap).await.is_some();
-    let (mut alone, mut jail, mut confined, mut wrapped) = (vec![], vec![], vec![], vec![]);
+    let mut apart = confinement.clone();
+    apart.network.namespace = Namespace::Own;
+    let (mut alone, mut jail, mut confined, mut netns, mut wrapped) = (vec![], vec![], vec![], vec![], vec![]);
     let millis = |duration: Duration| duration.as_secs_f64() * 1000.0;
     // Side by side, so that whatever else the machine does meets all of them.
     for round in 0..world.rounds(300) {
-        let times = [plain(PROGRAM, &[]).await.unwrap(), jailed(None).await, jailed(Some(confinement.clone())).await];
+        let times = [
+            plain(PROGRAM, &[]).await.unwrap(),
+            jailed(None).await,
+            jailed(Some(confinement.clone())).await,
+            jailed(Some(apart.clone())).await,
+        ];
         let other = if has_bubblewrap { plain("bwrap", &bubblewrap).await } else { None };
         // The first ones fill the caches.
         if round > 0 {
-            for (samples, time) in [&mut alone, &mut jail, &mut confined].into_iter().zip(times) {
+            for (samples, time) in [&mut alone, &mut jail, &mut confined, &mut netns].into_iter().zip(times) {
                 samples.push(millis(time));
             }
             wrapped.extend(other.map(millis));
@@ -47,6 +54,7 @@ pub(crate) async fn run(world: &World) {
         Row::new("by itself", alone),
         Row::new("in a jail, not confined", jail),
         Row::new("in a jail, confined", confined),
+        Row::new("the same, in a network namespace of its own where there is one", netns),
     ];
     if has_bubblewrap {
         rows.push(Row::new("in bubblewrap", wrapped));

@@ -4,7 +4,7 @@
 
 use super::bench::{Bench, SESSION, public_copy};
 use super::program;
-use opencode_sidecar::sandbox::confine::{Confined, Protection};
+use opencode_sidecar::sandbox::confine::{Confined, Namespace, Protection};
 use opencode_sidecar::sandbox::{Sandbox, Spec, User};
 use opencode_sidecar::tasks::Tasks;
 use std::os::unix::fs::PermissionsExt;
@@ -104,7 +104,9 @@ async fn no_signal_reaches_a_process_outside() {
 async fn a_host_offers_what_a_confined_program_gets() {
     let bench = Bench::new();
     let offers = bench.sandbox.offers().await.unwrap();
-    assert_eq!(offers.confined, bench.confined(bench.sh("sleep 1000")).await);
+    let mut spec = bench.sh("sleep 1000");
+    spec.confinement.as_mut().unwrap().network.namespace = Namespace::Own;
+    assert_eq!(offers.confined, bench.confined(spec).await);
     assert_eq!(offers.host.switches_users, cfg!(as_root));
     assert_eq!(offers.host.user_notification, offers.confined.has(Protection::Egress));
     // The same question, asked with a program that is not ours.
