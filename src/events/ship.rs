@@ -13,6 +13,7 @@ use crate::store::{Store, StoreError, Write};
 use crate::tasks::Tasks;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{oneshot, watch};
@@ -98,6 +99,8 @@ pub(super) struct Outgoing {
     pushed: watch::Sender<u64>,
     done: watch::Sender<u64>,
     trouble: watch::Sender<Option<String>>,
+    /// The journal still holds something that was deleted.
+    deleted: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -113,6 +116,7 @@ impl Default for Outgoing {
             pushed: watch::Sender::new(0),
             done: watch::Sender::new(0),
             trouble: watch::Sender::new(None),
+            deleted: AtomicBool::new(false),
         }
     }
 }
@@ -234,13 +238,15 @@ async fn ship(shared: &Arc<Shared>, mut parcels: Vec<Parcel>, stop: &Cancellatio
     }
     shared.outgoing.done.send_modify(|done| *done += count as u64);
     if let Some(after) = after {
+        // What was deleted is to leave the disk as soon as nothing else is beside it.
+        let deletes = deletes || shared.outgoing.deleted.load(Ordering::Relaxed);
         let journal = Arc::clone(&shared.journal);
-        let released = shared
-            .tasks
-            .spawn_blocking(move || if deletes { journal.release_all(after) } else { journal.release(after) });
-        if let Ok(Err(error)) = released.await {
+        let released = shared.tasks.spawn_blocking(move || journal.release(after, deletes)).await;
+        let clean = released.unwrap_or_else(|error| Err(io::Error::other(error))).unwrap_or_else(|error| {
             tracing::warn!(%error, "a segment of the journal that is no more needed cannot be removed");
-        }
+            false
+        });
+        shared.outgoing.deleted.store(deletes && !clean, Ordering::Relaxed);
     }
     true
 }
@@ -367,7 +373,7 @@ pub async fn ship_left(tasks: &Tasks, journal: &Arc<Journal>, store: &Store) -> 
         at = after;
     }
     let (releaser, end) = (Arc::clone(journal), at);
-    let released = tasks.spawn_blocking(move || releaser.release_all(end)).await;
+    let released = tasks.spawn_blocking(move || releaser.release(end, true)).await;
     released.unwrap_or_else(|error| Err(io::Error::other(error))).map_err(LeftError::Journal)?;
     Ok(count)
 }

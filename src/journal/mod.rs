@@ -188,30 +188,21 @@ impl Journal {
         Ok(Some((record, after)))
     }
 
-    /// Everything before a place is no more needed. Segments that are wholly before it are removed.
+    /// Everything before a place is no more needed. Segments that are wholly before it are removed; the last one is too,
+    /// where it is long, and with `all` in any case. Returns whether nothing of what came before the place is on the disk
+    /// any more.
     ///
     /// # Errors
     /// One cannot be removed. It is tried again with the next call.
-    pub fn release(&self, before: Position) -> io::Result<()> {
+    pub fn release(&self, before: Position, all: bool) -> io::Result<bool> {
         let mut inner = self.lock();
         let end = inner.segments.back().map(|last| Position { segment: last.number, offset: last.length });
-        if end.is_some_and(|end| before >= end && end.offset > STALE) {
+        let longest = if all { HEADER } else { STALE };
+        if end.is_some_and(|end| before >= end && end.offset > longest) {
             self.rotate(&mut inner)?;
         }
-        self.remove_before(&mut inner, before)
-    }
-
-    /// The same, and begins a new segment, so that nothing of what is released stays on the disk.
-    ///
-    /// # Errors
-    /// As [`Journal::release`].
-    pub fn release_all(&self, before: Position) -> io::Result<()> {
-        let mut inner = self.lock();
-        let end = inner.segments.back().map(|last| Position { segment: last.number, offset: last.length });
-        if end.is_some_and(|end| before >= end && end.offset > HEADER) {
-            self.rotate(&mut inner)?;
-        }
-        self.remove_before(&mut inner, before)
+        self.remove_before(&mut inner, before)?;
+        Ok(inner.segments.front().is_none_or(|first| first.number > before.segment || before.offset <= HEADER))
     }
 
     fn remove_before(&self, inner: &mut Inner, before: Position) -> io::Result<()> {

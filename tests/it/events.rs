@@ -51,7 +51,7 @@ struct Log {
     events: Events,
     tasks: Tasks,
     store: Store,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 async fn log() -> Log {
@@ -59,7 +59,7 @@ async fn log() -> Log {
     store.migrate().await.unwrap();
     let (tasks, directory) = (Tasks::new(), tempfile::tempdir().unwrap());
     let events = start(directory.path(), &store, &tasks);
-    Log { events, tasks, store, _directory: directory }
+    Log { events, tasks, store, directory }
 }
 
 fn start(directory: &Path, store: &Store, tasks: &Tasks) -> Events {
@@ -96,7 +96,7 @@ async fn follow(events: Events, id: ExecutionId, limit: u32) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn readers_see_every_event_once_while_it_grows_out_of_memory() {
-    let Log { events, tasks, _directory, .. } = log().await;
+    let Log { events, tasks, directory: _directory, .. } = log().await;
     let mut readers = Vec::new();
     let mut logs = Vec::new();
     for _ in 0..2 {
@@ -154,7 +154,7 @@ async fn readers_see_every_event_once_while_it_grows_out_of_memory() {
 /// What the database refuses for good costs its own execution only.
 #[tokio::test]
 async fn a_log_that_cannot_be_written_is_given_up_and_its_neighbour_goes_on() {
-    let Log { events, tasks, store, _directory } = log().await;
+    let Log { events, tasks, store, directory: _directory } = log().await;
     let (bad, good) = (record(), record());
     let (bad_writer, good_writer) = (events.open(bad.clone()), events.open(good.clone()));
     let first = bad_writer.append(NewEvent::status(Status::Pending, None, None)).await;
@@ -283,5 +283,30 @@ async fn what_a_life_leaves_in_the_journal_the_next_one_ships() {
     let json = |events: &[Event]| events.iter().map(|event| event.json.to_string()).collect::<Vec<_>>();
     assert_eq!((json(&page.events), page.events.len()), (json(&told), 51));
     assert_eq!(store.execution("p", goes.id).await.unwrap(), None, "what was deleted stays so");
+    tasks.stop(std::time::Duration::from_secs(10)).await.unwrap();
+}
+
+/// A deletion reaches the journal too, once nothing that is needed is beside it.
+#[tokio::test]
+async fn what_is_deleted_leaves_the_disk() {
+    let Log { events, tasks, store, directory } = log().await;
+    let written = || {
+        let files = std::fs::read_dir(directory.path()).unwrap();
+        files.map(|file| std::fs::read(file.unwrap().path()).unwrap_or_default()).collect::<Vec<_>>().concat()
+    };
+    let holds = |text: &str| written().windows(text.len()).any(|window| window == text.as_bytes());
+    let mut gone = record();
+    gone.task.prompt = Some("a prompt that is regretted".to_owned());
+    let writer = events.open(gone.clone());
+    let seq = writer.append(NewEvent::status(Status::Pending, None, None)).await;
+    assert!(writer.committed(seq).await && holds("a prompt that is regretted"));
+    assert!(soon("the deletion", events.delete(gone.id, std::time::Duration::from_secs(60))).await);
+    assert_eq!(store.execution("p", gone.id).await.unwrap(), None);
+    soon("it leaves the disk", async {
+        while holds("a prompt that is regretted") {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
     tasks.stop(std::time::Duration::from_secs(10)).await.unwrap();
 }
