@@ -102,9 +102,13 @@ impl<'a> Plan<'a> {
         self.chain.iter().position(|status| *status == found).unwrap_or(self.chain.len())
     }
 
-    /// What to do where the row shows `found`. Any status of the chain is taken: the batch, or its first part, may
-    /// have been committed before.
-    fn action(&self, id: Uuid, found: Status) -> Result<Action, StoreError> {
+    /// What to do where the row shows `found` and goes to `last_seq`. Any status of the chain is taken: the batch, or its
+    /// first part, may have been committed before. Where the row goes further than the batch, all of it was, and what
+    /// came after it too: a journal is shipped from its beginning after a restart.
+    fn action(&self, id: Uuid, found: Status, last_seq: u64) -> Result<Action, StoreError> {
+        if last_seq > self.last_seq {
+            return Ok(Action::Raise);
+        }
         match (self.chain.first(), self.chain.last()) {
             (Some(_), Some(last)) if found.is_final() && found == *last => Ok(Action::Raise),
             (Some(_), Some(_)) if self.chain.contains(&found) => Ok(Action::Replace(found)),
@@ -143,9 +147,9 @@ impl Store {
             let rows = lock(&mut transaction, plans.keys().copied().collect()).await?;
             insert_events(&mut transaction, writes, &rows).await?;
             let (mut raises, mut replaced) = (Vec::new(), BTreeMap::new());
-            for (id, found) in rows {
+            for (id, (found, last_seq)) in rows {
                 let Some(plan) = plans.get(&id) else { continue };
-                match (plan.action(id, found)?, plan.record) {
+                match (plan.action(id, found, last_seq)?, plan.record) {
                     (Action::Replace(expected), Some(record)) => {
                         replaced.insert(id, plan.place(expected));
                         replace(&mut transaction, expected, record, plan.last_seq).await?;
@@ -229,14 +233,19 @@ async fn insert(connection: &mut PgConnection, record: &ExecutionRecord) -> Resu
     Ok(done.rows_affected() > 0)
 }
 
-/// Locks the rows against deletion and other batches, in one order, and tells what status each shows.
-async fn lock(connection: &mut PgConnection, ids: Vec<Uuid>) -> Result<BTreeMap<Uuid, Status>, StoreError> {
-    let rows = sqlx::query!("SELECT id, status FROM executions WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE", &ids)
-        .fetch_all(connection)
-        .await?;
+/// What a row shows: its status, and its last event.
+type Row = (Status, u64);
+
+/// Locks the rows against deletion and other batches, in one order, and tells what each shows.
+async fn lock(connection: &mut PgConnection, ids: Vec<Uuid>) -> Result<BTreeMap<Uuid, Row>, StoreError> {
+    let query = sqlx::query!(
+        "SELECT id, status, last_seq FROM executions WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE",
+        &ids
+    );
+    let rows = query.fetch_all(connection).await?;
     rows.into_iter()
         .map(|row| match Status::parse(&row.status) {
-            Some(status) => Ok((row.id, status)),
+            Some(status) => Ok((row.id, (status, u64::try_from(row.last_seq).unwrap_or(0)))),
             None => Err(StoreError::Corrupt(format!("execution {}, column status", row.id))),
         })
         .collect()
@@ -246,7 +255,7 @@ async fn lock(connection: &mut PgConnection, ids: Vec<Uuid>) -> Result<BTreeMap<
 async fn insert_events(
     connection: &mut PgConnection,
     writes: &[Write],
-    rows: &BTreeMap<Uuid, Status>,
+    rows: &BTreeMap<Uuid, Row>,
 ) -> Result<(), StoreError> {
     let (mut ids, mut seqs, mut types, mut severities, mut times, mut envelopes) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());

@@ -344,6 +344,32 @@ async fn events_by_page_type_and_severity() {
     assert_eq!(seqs(EventQuery { types: Some(vec![]), ..all() }).await, [0_u64; 0]);
 }
 
+/// What a journal does after a restart: it begins with what was shipped long ago.
+#[tokio::test]
+async fn batches_that_were_followed_by_others_change_nothing_when_they_come_again() {
+    let (store, _) = migrated().await;
+    let new = pending();
+    let events: Vec<_> = (1..=3).map(|seq| event(seq, EventType::Status, Severity::Info)).collect();
+    let at = |record: ExecutionRecord, last_seq| ExecutionRecord { last_seq, ..record };
+    let batches = [
+        vec![submit(&new), write(&new, &events[0])],
+        vec![write(&new, &events[1]), change(Status::Pending, &at(running(&new), 2))],
+        vec![write(&new, &events[2]), change(Status::Running, &at(completed(&new), 3))],
+    ];
+    for batch in &batches {
+        store.commit(batch).await.unwrap();
+    }
+    let (before, log) = (row(&store, &new).await, store.events(new.id, &all()).await.unwrap());
+    for batch in &batches {
+        store.commit(batch).await.unwrap();
+        assert_eq!(
+            (row(&store, &new).await, store.events(new.id, &all()).await.unwrap()),
+            (before.clone(), log.clone())
+        );
+    }
+    assert_eq!((before.status, before.last_seq), (Status::Completed, 3));
+}
+
 #[tokio::test]
 async fn unfinished_are_those_of_one_owner_without_an_end() {
     let (store, _) = migrated().await;

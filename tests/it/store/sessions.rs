@@ -253,7 +253,9 @@ async fn a_repeated_batch_is_kept_once_and_one_that_fails_not_at_all() {
     }
     assert_eq!(statuses(&store, id).await, ["running", "completed", "pending", "running"]);
     let written = store.callbacks_written();
-    let conflict = [change(Status::Running, &completed(&second)), change(Status::Pending, &running(&first))];
+    // Later than the end, so it is no repetition.
+    let later = ExecutionRecord { last_seq: 8, ..running(&first) };
+    let conflict = [change(Status::Running, &completed(&second)), change(Status::Pending, &later)];
     store.commit(&conflict).await.unwrap_err();
     assert_eq!(store.callbacks_waiting(PROJECT).await.unwrap(), 0);
     assert!(!written.has_changed().unwrap());
