@@ -149,7 +149,7 @@ impl Config {
             workspace_dir: r.directory("WORKSPACE_DIR"),
             state_dir: r.directory("STATE_DIR"),
             database_url: r.database_url("DATABASE_URL"),
-            journal_max_bytes: r.bytes("JOURNAL_MAX_BYTES", 1 << 50),
+            journal_max_bytes: r.bytes("JOURNAL_MAX_BYTES", LEAST_JOURNAL, 1 << 50),
             database_schema: r.matching("DATABASE_SCHEMA", "a name of [a-z_][a-z0-9_]{0,62}", is_schema),
             project_id: r.matching("PROJECT_ID", "1 to 128 visible ASCII characters", |id| {
                 id.len() <= 128 && is_visible_ascii(id)
@@ -196,7 +196,7 @@ impl Config {
             limits: Limits {
                 model_calls: r.number("SESSION_MODEL_CALLS", 1, 1_000_000),
                 total_tokens: r.number("SESSION_TOTAL_TOKENS", 1, 1_000_000_000_000),
-                output_bytes: r.bytes("SESSION_OUTPUT_BYTES", 1 << 40),
+                output_bytes: r.bytes("SESSION_OUTPUT_BYTES", 1, 1 << 40),
                 memory_bytes: r.optional_bytes("SESSION_MEMORY_BYTES", LEAST_MEMORY, 1 << 44),
                 pids: r.optional_number("SESSION_PIDS", LEAST_PIDS, 4_194_304),
                 cpu_millis: r.optional_number("SESSION_CPU_MILLIS", LEAST_CPU_MILLIS, 1_000_000),
@@ -219,6 +219,9 @@ impl Config {
         usize::try_from(range.end() - range.start()).map_or(usize::MAX, |beyond_the_first| beyond_the_first + 1)
     }
 }
+
+/// Two segments: with less there would be no room again once the database has it all.
+const LEAST_JOURNAL: u64 = 16 << 20;
 
 /// What `SANDBOX_REQUIRE` can name: every protection of [`sandbox`](crate::sandbox), and four that are not the jail's.
 pub const PROTECTIONS: &[&str] = &[

@@ -131,9 +131,9 @@ impl<'a> Reader<'a> {
         self.required(name, Duration::ZERO, &expected, |text| number(text, 1, most).map(Duration::from_secs))
     }
 
-    pub(super) fn bytes(&mut self, name: &'static str, most: u64) -> u64 {
-        let expected = format!("bytes from 1 to {most}, such as 1048576 or 1 MiB");
-        self.required(name, 0, &expected, |text| bytes(text).filter(|bytes| (1..=most).contains(bytes)))
+    pub(super) fn bytes(&mut self, name: &'static str, least: u64, most: u64) -> u64 {
+        let expected = format!("bytes from {least} to {most}, such as 33554432 or 32 MiB");
+        self.required(name, 0, &expected, |text| bytes(text).filter(|bytes| (least..=most).contains(bytes)))
     }
 
     pub(super) fn optional_bytes(&mut self, name: &'static str, least: u64, most: u64) -> Option<u64> {

@@ -191,7 +191,7 @@ impl Writer {
 
     /// Appends an event; waits only while very much is queued. Returns its number.
     pub async fn append(&self, event: NewEvent) -> u64 {
-        self.shared.queue.room().await;
+        self.shared.room().await;
         self.enqueue(vec![event], |events, _| events)
     }
 

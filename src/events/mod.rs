@@ -293,6 +293,16 @@ impl ReadQuery {
 }
 
 impl Shared {
+    /// Waits while very much is queued, or the journal has all that it may: what runs is slowed and never cut. Its
+    /// changes of status do not wait.
+    async fn room(&self) {
+        self.queue.room().await;
+        let has_room = || self.journal.bytes() < self.journal_max;
+        if !has_room() {
+            self.outgoing.until(has_room).await;
+        }
+    }
+
     fn lock_live(&self) -> std::sync::MutexGuard<'_, HashMap<ExecutionId, Arc<Live>>> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }

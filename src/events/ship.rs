@@ -143,6 +143,12 @@ impl Outgoing {
         let _ = done.wait_for(|done| *done >= goal).await;
     }
 
+    /// Waits until something that was delivered has made this so.
+    pub(super) async fn until(&self, is_so: impl Fn() -> bool) {
+        let mut done = self.done.subscribe();
+        let _ = done.wait_for(|_| is_so()).await;
+    }
+
     /// Writes that the database does not have.
     pub(super) fn len(&self) -> usize {
         usize::try_from(*self.pushed.borrow() - *self.done.borrow()).unwrap_or(usize::MAX)
@@ -236,7 +242,6 @@ async fn ship(shared: &Arc<Shared>, mut parcels: Vec<Parcel>, stop: &Cancellatio
             let _ = sender.send(!refused.contains(&None));
         }
     }
-    shared.outgoing.done.send_modify(|done| *done += count as u64);
     if let Some(after) = after {
         // What was deleted is to leave the disk as soon as nothing else is beside it.
         let deletes = deletes || shared.outgoing.deleted.load(Ordering::Relaxed);
@@ -248,6 +253,8 @@ async fn ship(shared: &Arc<Shared>, mut parcels: Vec<Parcel>, stop: &Cancellatio
         });
         shared.outgoing.deleted.store(deletes && !clean, Ordering::Relaxed);
     }
+    // Last: whoever waits for room finds it.
+    shared.outgoing.done.send_modify(|done| *done += count as u64);
     true
 }
 

@@ -310,3 +310,53 @@ async fn what_is_deleted_leaves_the_disk() {
     .await;
     tasks.stop(std::time::Duration::from_secs(10)).await.unwrap();
 }
+
+/// What runs waits for the database where the journal has all that it may; its end does not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_journal_slows_and_cuts_nothing() {
+    const MOST: u64 = 1 << 20;
+    let (proxy, options) = Proxy::before(fresh_database().await).await;
+    let store = Store::connect(&options).await.unwrap();
+    store.migrate().await.unwrap();
+    let (tasks, directory) = (Tasks::new(), tempfile::tempdir().unwrap());
+    let journal = Arc::new(Journal::open(directory.path()).unwrap().0);
+    let events = Events::start(journal, MOST, store.clone(), "p".into(), Metrics::new().unwrap(), &tasks);
+    let (record, other) = (record(), record());
+    let (id, writer, quick) = (record.id, events.open(record), events.open(other.clone()));
+    writer.append(NewEvent::status(Status::Pending, None, None)).await;
+    quick.append(NewEvent::status(Status::Pending, None, None)).await;
+    soon("both are there", events.flushed()).await;
+    assert!(!events.is_full());
+    proxy.cut();
+    let appended = tasks.spawn("writer", async move {
+        for _ in 0..1000 {
+            // One at a time, as a session makes them.
+            let seq = writer.append(NewEvent::new(EventType::Stdout, json!("x".repeat(4000)))).await;
+            assert!(writer.committed(seq).await);
+        }
+    });
+    soon("it is full", async {
+        while events.journal().0 < MOST {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    assert!(events.is_full() && !appended.is_finished());
+    let ended = ExecutionRecord {
+        status: Status::Cancelled,
+        reason: Some(Reason::Cancelled),
+        completed_at: Some(Utc::now()),
+        ..other
+    };
+    let last = NewEvent::complete(Status::Cancelled, Reason::Cancelled, None, &[], &Usage::default());
+    let seq = quick.change(Status::Pending, ended, vec![last]);
+    assert!(soon("the end of another", quick.committed(seq)).await);
+    let held = events.journal().0;
+    assert!(held < MOST + (64 << 10), "{held}");
+    proxy.mend();
+    soon("all of it", appended).await.unwrap();
+    soon("it is shipped", events.flushed()).await;
+    assert_eq!(store.execution("p", id).await.unwrap().unwrap().last_seq, 1001);
+    assert!(!events.is_full());
+    tasks.stop(std::time::Duration::from_secs(10)).await.unwrap();
+}

@@ -25,6 +25,8 @@ async fn three_prompts_in_one_conversation_over_connections_that_are_cut() {
     assert_eq!(client.status(&id).await["status"], "running");
     std::fs::write(world.file("gate"), "").unwrap();
     while frames.last().unwrap().event != "done" {
+        // Where OpenCode takes long there are such, which are no part of the log.
+        frames.retain(|frame| frame.event != "heartbeat");
         let mut stream = client.stream(&id, last_id(&frames)).await;
         frames.push(stream.next().await.unwrap());
         if frames.last().unwrap().event == "complete" {
