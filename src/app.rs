@@ -350,6 +350,8 @@ impl App {
         );
         let notifier = notifier(&config, state.instance, &database.store, &metrics, &tasks)?;
         executions.recover(journal.power_lost()).await?;
+        // Only now: a start that ended before this would have the next one forget a loss of power.
+        journal.begin().map_err(StartError::Journal)?;
         tasks.spawn("idle sessions", executions.clone().look_after_sessions());
         tasks.spawn("retention", executions.clone().forget_old());
         let streams = CancellationToken::new();

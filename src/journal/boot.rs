@@ -9,24 +9,22 @@ const FILE: &str = "boot";
 /// Another one at each boot of each machine.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// Says that the journal is open. Returns whether it was so in another boot, and never closed.
-pub(super) fn begin(directory: &Path) -> io::Result<bool> {
-    let now = fs::read_to_string(BOOT_ID)?;
-    let path = directory.join(FILE);
-    let before = match fs::read_to_string(&path) {
-        Ok(before) => Some(before),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => return Err(error),
-    };
-    if before.as_ref() == Some(&now) {
-        return Ok(false);
+/// Whether the journal was open in another boot, and never closed.
+pub(super) fn was_lost(directory: &Path) -> io::Result<bool> {
+    match fs::read_to_string(directory.join(FILE)) {
+        // One that is half written is of another boot, too.
+        Ok(before) => Ok(before != fs::read_to_string(BOOT_ID)?),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
     }
-    // One that is half written is of another boot, too.
-    let mut file = File::create(&path)?;
-    file.write_all(now.as_bytes())?;
+}
+
+/// Says that the journal is open in this boot.
+pub(super) fn begin(directory: &Path) -> io::Result<()> {
+    let mut file = File::create(directory.join(FILE))?;
+    file.write_all(fs::read_to_string(BOOT_ID)?.as_bytes())?;
     file.sync_all()?;
-    File::open(directory)?.sync_all()?;
-    Ok(before.is_some())
+    File::open(directory)?.sync_all()
 }
 
 /// Says that it is closed, and everything in it synced.

@@ -76,7 +76,7 @@ impl Journal {
     /// The directory or a file in it cannot be read or written.
     pub fn open(directory: &Path) -> io::Result<(Self, Vec<Damage>)> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-        let power_lost = boot::begin(directory)?;
+        let power_lost = boot::was_lost(directory)?;
         let mut segments = VecDeque::new();
         let mut damage = Vec::new();
         let numbers = segment::list(directory)?;
@@ -97,9 +97,18 @@ impl Journal {
     }
 
     /// Whether the machine went down, or the directory came to another one, while an earlier life had it open: then what
-    /// was not synced may be lost.
+    /// was not synced may be lost. Said again at each opening until [`Journal::begin`].
     pub fn power_lost(&self) -> bool {
         self.power_lost
+    }
+
+    /// Whatever an earlier life has left is dealt with, a loss too: from here on this life may have its own. Before
+    /// anything is appended that anybody sees and that is not synced.
+    ///
+    /// # Errors
+    /// It could not be noted.
+    pub fn begin(&self) -> io::Result<()> {
+        boot::begin(&self.directory)
     }
 
     /// Syncs it for the last time, so that nothing can be lost any more.
