@@ -22,13 +22,14 @@ use crate::opencode::OPENCODE_VERSION;
 use crate::opencode::launch::{Ports, find_command};
 use crate::opencode::profile::Profile;
 use crate::protection::Protections;
-use crate::sandbox::{Resources, Sandbox};
+use crate::sandbox::{Resources, Sandbox, wait_for_earlier_jails};
+use crate::secrets::SealingKey;
 use crate::sessions::{Sessions, Wanted};
 use crate::store::{DatabaseOptions, Embedded, EmbeddedError, Store, StoreError};
 use crate::tasks::Tasks;
 use crate::telemetry::Metrics;
 use crate::workspace::{Workspace, WorkspaceError};
-use crate::{events, executions, notify, sessions};
+use crate::{executions, notify, sessions};
 use secrecy::SecretString;
 use std::fs::File;
 use std::net::SocketAddr;
@@ -44,8 +45,12 @@ use uuid::Uuid;
 const CONNECTIONS: u32 = 10;
 /// How often memory and number of a session's processes are looked at where no control group holds them.
 const LIMITS_LOOK: Duration = Duration::from_millis(200);
-/// How long the database may be away at the start.
+/// How long what an earlier life has started may take to end; Postgres is given some seconds by its jail.
+const JAILS_WAIT: Duration = Duration::from_secs(20);
+/// How long the database may refuse the login at the start, or be away for `migrate`.
 const DATABASE_WAIT: Duration = Duration::from_secs(60);
+/// How long it may take to answer at the start, before the sidecar goes on without it.
+const DATABASE_LOOK: Duration = Duration::from_secs(4);
 /// The most sessions of callers that are open at once.
 const MAX_OPEN: usize = 256;
 /// How long the streams and connections may take to end.
@@ -69,6 +74,8 @@ pub enum StartError {
     Instance(PathBuf),
     #[error("the workspace (WORKSPACE_DIR) cannot be used")]
     Workspace(#[from] WorkspaceError),
+    #[error("processes that an earlier sidecar on this state directory (STATE_DIR) had started have not ended yet")]
+    Left,
     #[error("processes cannot be supervised here")]
     Sandbox(#[source] std::io::Error),
     #[error("{0}")]
@@ -79,8 +86,12 @@ pub enum StartError {
     Database(#[from] StoreError),
     #[error("the journal in STATE_DIR cannot be used")]
     Journal(#[source] std::io::Error),
-    #[error("what the journal in STATE_DIR holds cannot be brought to the database (DATABASE_URL)")]
-    Left(#[from] events::LeftError),
+    #[error("the sidecar's own key {} cannot be used; without that file a new one is made, and tasks that wait lose theirs", .path.display())]
+    Sealing {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("the model broker did not start")]
     Broker(#[from] BrokerError),
     #[error("the client for the backend (BACKEND_API_URL) cannot be made")]
@@ -110,11 +121,12 @@ pub struct Database {
 }
 
 impl Database {
-    /// Connects, starting the embedded server where there is no `DATABASE_URL`, and migrates.
+    /// Connects, starting the embedded server where there is no `DATABASE_URL`, and migrates. Where it is `needed` it is
+    /// waited for; else what is away is left to [`Store::watch`].
     ///
     /// # Errors
-    /// Where there is none, or it stays away.
-    pub async fn open(config: &Config, sandbox: &Sandbox, tasks: &Tasks) -> Result<Self, StartError> {
+    /// Where there is none, it refuses the login, or it stays away and is needed.
+    pub async fn open(config: &Config, sandbox: &Sandbox, tasks: &Tasks, needed: bool) -> Result<Self, StartError> {
         let embedded = match &config.database_url {
             Some(_) => None,
             None => Some(Embedded::start(sandbox, tasks, &config.state_dir).await?),
@@ -126,27 +138,28 @@ impl Database {
         };
         let options = DatabaseOptions { url, schema: config.database_schema.clone(), max_connections: CONNECTIONS };
         let deadline = Instant::now() + DATABASE_WAIT;
-        let store = loop {
-            let tried = async {
-                let store = Store::connect(&options).await?;
-                store.migrate().await?;
-                Ok(store)
+        let store = Store::connect(&options).await?;
+        loop {
+            let looked = tokio::time::timeout(DATABASE_LOOK, store.ping()).await;
+            let tried = match looked.unwrap_or_else(|_| Err(StoreError::timeout(DATABASE_LOOK))) {
+                Ok(()) => store.migrate().await,
+                Err(error) => Err(error),
             };
-            match tried.await {
-                Ok(store) => break store,
-                Err(error) => {
-                    let error: StoreError = error;
-                    if !error.is_transient() || Instant::now() >= deadline {
-                        return Err(error.into());
-                    }
-                    tracing::warn!(
-                        error = &error as &dyn std::error::Error,
-                        "the database is not there yet; trying again"
-                    );
-                    tokio::time::sleep(Duration::from_secs(1)).await;
-                }
+            let Err(error) = tried else { break };
+            if matches!(error, StoreError::Unavailable(_)) && !needed {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "the database is not there; the journal bridges it until it is"
+                );
+                store.migrate_later();
+                break;
             }
-        };
+            if !error.is_transient() || Instant::now() >= deadline {
+                return Err(error.into());
+            }
+            tracing::warn!(error = &error as &dyn std::error::Error, "the database is not there yet; trying again");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
         // Without anybody to take them, callbacks would pile up.
         let store = if config.backend_api_url.is_some() { store.with_callbacks() } else { store };
         Ok(Self { store, embedded })
@@ -238,13 +251,16 @@ impl App {
         let tasks = Tasks::new();
         let metrics = Metrics::new()?;
         let state = StateDir::open(&config.state_dir)?;
-        let mut sandbox = Sandbox::new(executable.clone(), tasks.clone()).map_err(StartError::Sandbox)?;
+        let roll = config.state_dir.join("jails");
+        let mut sandbox =
+            Sandbox::new(executable.clone(), tasks.clone()).map_err(StartError::Sandbox)?.with_roll(&roll);
         if config.sandbox != SandboxMode::Off {
             // Before anything else runs: it ends what an earlier life left in its groups.
             let instance = state.instance.to_string();
             let claimed = tasks.spawn_blocking(move || Resources::claim(&instance, LIMITS_LOOK)).await;
             sandbox = sandbox.with_resources(claimed.unwrap_or_else(|_| Resources::watched(LIMITS_LOOK)));
         }
+        nothing_left(&tasks, roll).await?;
         let workspace = Workspace::open(&config.workspace_dir)?;
         if let Some(why) = workspace.unshared() {
             tracing::warn!("{why}");
@@ -253,7 +269,8 @@ impl App {
         let command = find_command(config.opencode_command.as_deref(), std::env::var_os("PATH"), &here)
             .map_err(StartError::OpenCode)?;
         let protections = Protections::of(&config, &sandbox, &command).await;
-        let database = Database::open(&config, &sandbox, &tasks).await?;
+        let mut database = Database::open(&config, &sandbox, &tasks, false).await?;
+        database.store = database.store.as_owner(state.instance);
         let broker = Broker::start(
             &tasks,
             BrokerConfig {
@@ -265,8 +282,8 @@ impl App {
             },
         )
         .await?;
-        let journal = journal(&config, &tasks, &database.store).await?;
-        let events = Events::start(
+        let journal = journal(&config, &tasks).await?;
+        let started = Events::start(
             Arc::clone(&journal),
             config.journal_max_bytes,
             database.store.clone(),
@@ -274,6 +291,9 @@ impl App {
             metrics.clone(),
             &tasks,
         );
+        let (events, inherited) = started.await.map_err(StartError::Journal)?;
+        let sealing = config.state_dir.join("sealing.key");
+        let sealing = SealingKey::of_file(&sealing).map_err(|source| StartError::Sealing { path: sealing, source })?;
         let default_model = config.default_model.as_ref().map(|model| {
             let choice = ModelChoice {
                 provider: model.provider,
@@ -319,12 +339,15 @@ impl App {
             tasks.clone(),
             metrics.clone(),
             warm_for,
+            &executions::sessions_to_keep(&inherited),
         );
         sessions.open_workspace().await;
         let executions = Executions::new(
             executions::Settings {
                 project: config.project_id.clone(),
                 owner: state.instance,
+                lease: config.lease,
+                alive: config.state_dir.join("alive"),
                 max_running: config.max_concurrent_tasks,
                 max_queued: config.max_queued_tasks,
                 ceilings: Ceilings {
@@ -336,6 +359,7 @@ impl App {
                     unheld: protections.unheld.clone(),
                     unheld_cpu: protections.unheld_cpu.clone(),
                 },
+                sealing,
                 protections: protections.names.clone(),
                 session_idle: config.session_idle_timeout,
                 max_open: max_open(&config, &protections),
@@ -349,9 +373,11 @@ impl App {
             metrics.clone(),
         );
         let notifier = notifier(&config, state.instance, &database.store, &metrics, &tasks)?;
-        executions.recover(journal.power_lost()).await?;
+        executions.recover(inherited, journal.power_lost()).await;
         // Only now: a start that ended before this would have the next one forget a loss of power.
         journal.begin().map_err(StartError::Journal)?;
+        tasks.spawn("lease", executions.clone().hold_lease());
+        tasks.spawn("catching up", executions.clone().catch_up());
         tasks.spawn("idle sessions", executions.clone().look_after_sessions());
         tasks.spawn("retention", executions.clone().forget_old());
         let streams = CancellationToken::new();
@@ -452,8 +478,19 @@ impl App {
     }
 }
 
-/// Opens the journal, and ships what an earlier life left in it.
-async fn journal(config: &Config, tasks: &Tasks, store: &Store) -> Result<Arc<Journal>, StartError> {
+/// Waits until nothing of an earlier life runs: where there are no groups to empty, the jails of it may still be at that.
+async fn nothing_left(tasks: &Tasks, roll: PathBuf) -> Result<(), StartError> {
+    let path = roll.clone();
+    let waited = tasks.spawn_blocking(move || wait_for_earlier_jails(&path, JAILS_WAIT)).await;
+    match waited.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(StartError::Left),
+        Err(source) => Err(StartError::State { path: roll, source }),
+    }
+}
+
+/// Opens the journal.
+async fn journal(config: &Config, tasks: &Tasks) -> Result<Arc<Journal>, StartError> {
     let directory = config.state_dir.join("journal");
     let opened = tasks.spawn_blocking(move || Journal::open(&directory)).await;
     let (journal, damage) =
@@ -466,12 +503,7 @@ async fn journal(config: &Config, tasks: &Tasks, store: &Store) -> Result<Arc<Jo
             tracing::warn!(%file, bytes, "the end of the journal was not wholly written when the machine went down");
         }
     }
-    let journal = Arc::new(journal);
-    let shipped = events::ship_left(tasks, &journal, store).await?;
-    if shipped > 0 {
-        tracing::info!(writes = shipped, "what an earlier life left in the journal is in the database now");
-    }
-    Ok(journal)
+    Ok(Arc::new(journal))
 }
 
 /// Starts what tells the backend, where there is one.

@@ -213,7 +213,7 @@ async fn migrate() -> ExitCode {
             Some(_) => None,
             None => Some(StateDir::open(&config.state_dir)?),
         };
-        Database::open(&config, &sandbox, &tasks).await?.close().await;
+        Database::open(&config, &sandbox, &tasks, true).await?.close().await;
         Ok::<_, StartError>(())
     };
     match migrated.await {

@@ -61,6 +61,7 @@ pub struct Config {
     pub project_id: String,
     /// How long what has ended is kept; `None`: for ever.
     pub retention: Option<TimeDelta>,
+    pub lease: Duration,
     /// A level or filter directives.
     pub log_level: String,
     pub log_format: LogFormat,
@@ -158,6 +159,7 @@ impl Config {
                 0 => None,
                 days => Some(TimeDelta::days(days)),
             },
+            lease: r.seconds("LEASE_SECONDS", HOUR),
             log_level: r.matching("LOG_LEVEL", "trace, debug, info, warn, error, off, or filter directives", |level| {
                 crate::telemetry::log_filter(level).is_ok()
             }),

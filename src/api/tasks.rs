@@ -180,6 +180,10 @@ pub(crate) fn submit_problem(error: SubmitError, names: &[(&str, &str)]) -> Prob
         SubmitError::NotStored => {
             Problem::new(Code::Unavailable, "The task could not be stored in time. It does not run.")
         }
+        SubmitError::KeysUnknown => Problem::new(
+            Code::Unavailable,
+            "Whether the Idempotency-Key was used before is not known until the database has been reached once. Try again later.",
+        ),
         SubmitError::KeyReused => {
             Problem::new(Code::IdempotencyMismatch, "The key was used for a submission with another body.")
                 .field("Idempotency-Key", "was used with another body")

@@ -30,6 +30,7 @@ pub(super) const REFERENCE: &[Variable] = &[
     var("DATABASE_SCHEMA", "opencode_sidecar", "Schema of the tables"),
     var("PROJECT_ID", "default", "The pod's project; history is read within one only"),
     var("RETENTION_DAYS", "30", "Days after its end for which an execution, or a session, is kept; 0 keeps everything"),
+    var("LEASE_SECONDS", "30", "How long another sidecar of the project has to be silent, while the database can be written, until what it has left unfinished is ended as interrupted"),
     var("LOG_LEVEL", "info", "A level, or filter directives such as info,opencode_sidecar::broker=debug"),
     var("LOG_FORMAT", "json", "json or text, on stderr"),
     var("OPENCODE_SHARED_SECRET", "", "The bearer token that callers send; without one only probes answer"),

@@ -70,6 +70,7 @@ fn each_variable_is_read_and_checked() {
         ("DATABASE_SCHEMA", "_a1", &["1a", "A", "a-b", "a\";drop", &long_schema]),
         ("PROJECT_ID", "p-1", &["a b", "ä", &long]),
         ("JOURNAL_MAX_BYTES", "64 MiB", &["0", "1 MiB", "lots", "-1"]),
+        ("LEASE_SECONDS", "60", &["0", "-1", "3601", "x"]),
         ("RETENTION_DAYS", "0", &["-1", "1.5", "30d", "36501", "never"]),
         ("LOG_LEVEL", "info,opencode_sidecar=debug", &["inof", "loud=very", "a=b=c"]),
         ("LOG_FORMAT", "text", &["JSON", "xml"]),

@@ -52,8 +52,8 @@ pub(super) struct Item {
 #[derive(Debug)]
 pub(super) enum Whose {
     Log(Arc<Live>),
-    /// Told when the database has it.
-    Nobodys(oneshot::Sender<bool>),
+    /// Told when the database has it, if somebody is to be.
+    Nobodys(Option<oneshot::Sender<bool>>),
 }
 
 impl Default for Queue {
@@ -87,7 +87,7 @@ impl Queue {
     /// Queues a write of no log. The receiver is told when the database has it, or that it never will.
     pub(super) fn push_alone(&self, write: Write) -> oneshot::Receiver<bool> {
         let (sender, receiver) = oneshot::channel();
-        self.extend(vec![Item { write, whose: Whose::Nobodys(sender), goes_on: false }]);
+        self.extend(vec![Item { write, whose: Whose::Nobodys(Some(sender)), goes_on: false }]);
         receiver
     }
 
@@ -181,7 +181,8 @@ async fn commit(shared: &Shared, batch: Vec<Item>) {
     let bytes: usize = batch.iter().map(|item| size(&item.write)).sum();
     let (owners, writes): (Vec<_>, Vec<_>) = batch.into_iter().map(|item| (item.whose, item.write)).unzip();
     let (at, after) = until_taken(shared, &writes).await;
-    publish(&owners, &writes, at);
+    shared.note(&writes);
+    publish(&owners, &writes, at, Live::publish);
     shared.outgoing.push(Parcel::new(at, after, owners, writes));
     shared.queue.done.send_modify(|(done, queued)| {
         *done += count;
@@ -192,9 +193,9 @@ async fn commit(shared: &Shared, batch: Vec<Item>) {
 /// Whether it has to be on the disk, and not only on its way there, before anyone has it.
 fn is_weighty(write: &Write) -> bool {
     match write {
-        Write::Submit(_) | Write::Session(_) | Write::Delete { .. } => true,
+        Write::Submit(_) | Write::Session(_) | Write::Delete { .. } | Write::Local { .. } => true,
         Write::Change { record, .. } => record.status.is_final(),
-        Write::Event { .. } | Write::Progress(_) => false,
+        Write::Event { .. } | Write::Progress(_) | Write::KeysKnown => false,
     }
 }
 
@@ -230,7 +231,11 @@ async fn until_taken(shared: &Shared, writes: &[Write]) -> (Position, Position) 
     }
 }
 
-fn publish(owners: &[Whose], writes: &[Write], at: Position) {
+/// How a log is told of what belongs to it.
+type Tell = fn(&Live, Vec<Event>, Option<ExecutionRecord>, Position);
+
+/// Tells each log what of a record of the journal belongs to it.
+pub(super) fn publish(owners: &[Whose], writes: &[Write], at: Position, tell: Tell) {
     #[derive(Default)]
     struct News {
         events: Vec<Event>,
@@ -252,10 +257,10 @@ fn publish(owners: &[Whose], writes: &[Write], at: Position) {
             Write::Submit(record) | Write::Change { record, .. } | Write::Progress(record) => {
                 entry.record = Some((**record).clone());
             }
-            Write::Session(_) | Write::Delete { .. } => {}
+            Write::Session(_) | Write::Delete { .. } | Write::Local { .. } | Write::KeysKnown => {}
         }
     }
     for (live, News { events, record }) in news {
-        live.publish(events, record, at);
+        tell(live, events, record, at);
     }
 }

@@ -4,7 +4,7 @@ use super::{Page, ReadQuery, Shared};
 use crate::journal::Position;
 use crate::model::event::{Event, NewEvent};
 use crate::model::{ExecutionId, ExecutionRecord, Status};
-use crate::store::Write;
+use crate::store::{Fact, Write};
 use chrono::{DateTime, Utc};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,6 +12,8 @@ use tokio::sync::watch;
 
 /// How much of a log is kept in memory for its readers; older events come from the journal or the store.
 const TAIL_BYTES: usize = 1024 * 1024;
+/// How much of one that has ended, and only waits for the database: there may be many of those.
+const ENDED_TAIL_BYTES: usize = 64 * 1024;
 
 /// How far a log goes, as committed. A level: readers look at it, it is not a message.
 #[derive(Clone, Debug)]
@@ -66,8 +68,8 @@ impl Live {
             last_seq: record.last_seq,
             committed: record.last_seq > 0,
             last_at: record.created_at,
+            ended: record.status.is_final(),
             record: Arc::new(record),
-            ended: false,
             lost: false,
         };
         Self {
@@ -89,22 +91,51 @@ impl Live {
         if let Some(first) = events.first() {
             self.lock_shipping().records.push_back((first.seq, at));
         }
-        if !events.is_empty() {
-            let mut tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
-            for event in events {
-                tail.bytes += event.json.len();
-                tail.events.push_back(event);
+        let ends = record.as_ref().is_some_and(|record| record.status.is_final());
+        self.keep(events, if ends { ENDED_TAIL_BYTES } else { TAIL_BYTES });
+        self.show(last, record);
+    }
+
+    /// The same for what an earlier life left there. It is read from there, and not kept in memory.
+    pub(super) fn found(&self, events: Vec<Event>, record: Option<ExecutionRecord>, at: Position) {
+        let last = events.last().map(|event| (event.seq, event.timestamp));
+        if let Some(first) = events.first() {
+            let mut shipping = self.lock_shipping();
+            if shipping.records.is_empty() {
+                // What came before it was released, so the database has it.
+                shipping.shipped = first.seq - 1;
             }
-            while tail.bytes > TAIL_BYTES
-                && let Some(oldest) = tail.events.pop_front()
-            {
-                tail.bytes -= oldest.json.len();
-            }
+            shipping.records.push_back((first.seq, at));
         }
+        self.show(last, record);
+    }
+
+    /// All that was left is found: the next event follows it.
+    pub(super) fn go_on(&self) {
+        *self.next.lock().unwrap_or_else(PoisonError::into_inner) = self.head.borrow().last_seq + 1;
+    }
+
+    fn keep(&self, events: Vec<Event>, most: usize) {
+        let mut tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
+        for event in events {
+            tail.bytes += event.json.len();
+            tail.events.push_back(event);
+        }
+        while tail.bytes > most
+            && let Some(oldest) = tail.events.pop_front()
+        {
+            tail.bytes -= oldest.json.len();
+        }
+    }
+
+    fn show(&self, last: Option<(u64, DateTime<Utc>)>, record: Option<ExecutionRecord>) {
         self.head.send_modify(|head| {
             head.committed = true;
-            (head.last_seq, head.last_at) = last.unwrap_or((head.last_seq, head.last_at));
-            if let Some(record) = record {
+            if let Some((seq, at)) = last.filter(|(seq, _)| *seq >= head.last_seq) {
+                (head.last_seq, head.last_at) = (seq, at);
+            }
+            // A summary may be ahead of the records that are found.
+            if let Some(record) = record.filter(|record| record.last_seq >= head.record.last_seq) {
                 head.ended |= record.status.is_final();
                 head.record = Arc::new(record);
             }
@@ -180,13 +211,22 @@ impl Writer {
         self.shared.queue.push(&self.live, vec![Write::Submit(Box::new(record))]);
     }
 
-    /// The record before its first event.
-    pub(super) fn submit_with(&self, record: ExecutionRecord, first: NewEvent) -> u64 {
+    /// The record, and what is only kept here of it, before its first event.
+    pub(super) fn submit_with(&self, record: ExecutionRecord, facts: Vec<Fact>, first: NewEvent) -> u64 {
+        let execution = self.live.id;
         self.enqueue(vec![first], |events, _| {
             let mut writes = vec![Write::Submit(Box::new(record))];
+            writes.extend(facts.into_iter().map(|fact| Write::Local { execution, fact }));
             writes.extend(events);
             writes
         })
+    }
+
+    /// Keeps OpenCode's id of the conversation for a later life of the sidecar. It is on the disk when this returns.
+    pub async fn keep_conversation(&self, id: &str) {
+        let fact = Fact::Conversation(id.to_owned());
+        self.shared.queue.push(&self.live, vec![Write::Local { execution: self.live.id, fact }]);
+        self.shared.queue.flushed().await;
     }
 
     /// Appends an event; waits only while very much is queued. Returns its number.

@@ -8,20 +8,26 @@
 //!   pages, SSE, WebSocket and every other reader use it.
 //!   [`Events::head`] says how far a log goes now; it is a level and carries no event, so there is no buffer per
 //!   reader, no gap between old and new, and nothing to drop.
+//! - Over restarts: what an earlier life left in the journal is read at the start (`replay`); what is still needed of
+//!   the part that the journal has forgotten is in the `ledger`.
 
 mod commit;
+mod ledger;
 mod live;
+mod replay;
 mod ship;
 
+pub use ledger::{OpenTool, Standing, open_tools};
 pub use live::{Head, Writer};
-pub use ship::{LeftError, ship_left};
 
 use crate::journal::Journal;
 use crate::model::event::{Event, EventType, NewEvent, Severity};
-use crate::model::{ExecutionId, ExecutionRecord, SessionRecord};
-use crate::store::{EventQuery, Store, StoreError, Write};
+use crate::model::{ExecutionId, ExecutionRecord, Idempotency, SessionRecord, Submitted};
+use crate::store::{EventQuery, Fact, Store, StoreError, Write};
 use crate::tasks::Tasks;
 use crate::telemetry::Metrics;
+use chrono::{TimeDelta, Utc};
+use ledger::Ledger;
 use live::{Live, Place};
 use std::collections::HashMap;
 use std::io;
@@ -46,12 +52,28 @@ struct Shared {
     journal_max: u64,
     /// Those that go on, and those whose end the database does not have yet.
     live: Mutex<HashMap<ExecutionId, Arc<Live>>>,
+    ledger: Mutex<Ledger>,
     queue: commit::Queue,
     outgoing: ship::Outgoing,
 }
 
+/// How long the journal remembers under which keys was submitted: as long as they stand for their submissions.
+const KEY_LIFE: TimeDelta = TimeDelta::hours(24);
 /// How long a reader of the database waits for what was written before it asked.
 const SETTLE: Duration = Duration::from_secs(2);
+
+/// What an earlier life left, of which somebody has to take care.
+#[derive(Debug)]
+pub struct Inherited {
+    /// Executions without an end, in the order of their submission.
+    pub standing: Vec<Standing>,
+    /// Sessions without an end.
+    pub sessions: Vec<SessionRecord>,
+    /// What was submitted under a key in the last 24 h, the newest first.
+    pub keys: Vec<(Idempotency, Submitted)>,
+    /// Whether these are all that this project's database knew of when this sidecar first asked it.
+    pub keys_known: bool,
+}
 
 /// What to read of a log.
 #[derive(Clone, Debug, Default)]
@@ -75,16 +97,30 @@ pub struct Page {
 }
 
 impl Events {
-    /// Starts the committer and the shipper. What an earlier life left in the journal has been shipped by then
-    /// ([`ship_left`]). From nine tenths of `journal_max` bytes on nothing new is to be taken in.
-    pub fn start(
+    /// Reads what an earlier life left in the journal, and starts the committer and the shipper, which brings it to the
+    /// database as soon as that is there. From nine tenths of `journal_max` bytes on nothing new is to be taken in.
+    ///
+    /// # Errors
+    /// The journal cannot be read. Nothing is lost by that.
+    pub async fn start(
         journal: Arc<Journal>,
         journal_max: u64,
         store: Store,
         project: String,
         metrics: Metrics,
         tasks: &Tasks,
-    ) -> Self {
+    ) -> io::Result<(Self, Inherited)> {
+        let reader = Arc::clone(&journal);
+        let left = tasks.spawn_blocking(move || replay::read(&reader)).await;
+        let replay::Left { ledger, parcels, logs } = left.unwrap_or_else(|error| Err(io::Error::other(error)))?;
+        let outgoing = ship::Outgoing::default();
+        parcels.into_iter().for_each(|parcel| outgoing.push(parcel));
+        let inherited = Inherited {
+            standing: ledger.standing().into_iter().filter(|standing| !standing.record.status.is_final()).collect(),
+            sessions: ledger.sessions(),
+            keys: ledger.keys(),
+            keys_known: ledger.keys_known && journal.is_whole(),
+        };
         let shared = Arc::new(Shared {
             store,
             project,
@@ -92,19 +128,26 @@ impl Events {
             tasks: tasks.clone(),
             journal,
             journal_max,
-            live: Mutex::new(HashMap::new()),
+            live: Mutex::new(logs),
+            ledger: Mutex::new(ledger),
             queue: commit::Queue::default(),
-            outgoing: ship::Outgoing::default(),
+            outgoing,
         });
         let stop = tasks.shutdown_token();
         tasks.spawn("event committer", commit::run(Arc::clone(&shared), stop.clone()));
         tasks.spawn("journal sync", commit::sync(Arc::clone(&shared), stop.clone()));
         tasks.spawn("database watch", ship::watch(shared.store.clone(), stop.clone()));
         tasks.spawn("event shipper", ship::run(Arc::clone(&shared), stop.clone()));
-        Self { shared }
+        Ok((Self { shared }, inherited))
     }
 
-    /// Opens the log of a new execution (`record.last_seq` 0) or of one that an earlier life left behind. The
+    /// Goes on with the log of an execution that an earlier life left in the journal; `None` where there is none.
+    pub fn reopen(&self, id: ExecutionId) -> Option<Writer> {
+        let live = self.shared.lock_live().get(&id).cloned()?;
+        Some(Writer::new(Arc::clone(&self.shared), live))
+    }
+
+    /// Opens the log of a new execution (`record.last_seq` 0) or of one that another sidecar left in the database. The
     /// record is written with the first batch where it is new.
     pub fn open(&self, record: ExecutionRecord) -> Writer {
         let live = Arc::new(Live::new(record.clone()));
@@ -116,13 +159,13 @@ impl Events {
         writer
     }
 
-    /// Opens the log of a new execution with its first event. The two are queued as one, so that they become durable
-    /// together. Returns the event's number too.
-    pub fn begin(&self, record: ExecutionRecord, first: NewEvent) -> (Writer, u64) {
+    /// Opens the log of a new execution with its first event, and with what only this sidecar keeps of it. All are
+    /// queued as one, so that they become durable together. Returns the event's number too.
+    pub fn begin(&self, record: ExecutionRecord, facts: Vec<Fact>, first: NewEvent) -> (Writer, u64) {
         let live = Arc::new(Live::new(record.clone()));
         self.shared.lock_live().insert(record.id, Arc::clone(&live));
         let writer = Writer::new(Arc::clone(&self.shared), live);
-        let seq = writer.submit_with(record, first);
+        let seq = writer.submit_with(record, facts, first);
         (writer, seq)
     }
 
@@ -215,6 +258,20 @@ impl Events {
         Ok(Page { events, next_after, last_seq })
     }
 
+    /// The execution is another sidecar's: its log is not this one's to go on with. Readers find it in the database.
+    pub fn give_up(&self, id: ExecutionId) {
+        if let Some(live) = self.shared.lock_live().remove(&id) {
+            live.give_up();
+        }
+        self.shared.lock_ledger().shipped(id);
+    }
+
+    /// The keys that the database has are known from now on, over restarts too.
+    pub fn keys_are_known(&self) {
+        // Nobody waits for it: where it is lost they are asked for again.
+        drop(self.shared.queue.push_alone(Write::KeysKnown));
+    }
+
     /// Writes that wait for the commit point.
     pub fn pending(&self) -> usize {
         self.shared.queue.len()
@@ -301,6 +358,23 @@ impl Shared {
         if !has_room() {
             self.outgoing.until(has_room).await;
         }
+    }
+
+    /// Takes in what the journal has.
+    fn note(&self, writes: &[Write]) {
+        let mut ledger = self.lock_ledger();
+        writes.iter().for_each(|write| ledger.apply(write));
+    }
+
+    /// What the journal is to remember where it forgets the rest.
+    fn summary(&self) -> Vec<u8> {
+        let mut ledger = self.lock_ledger();
+        ledger.forget_keys_before(Utc::now() - KEY_LIFE);
+        ledger.to_summary()
+    }
+
+    fn lock_ledger(&self) -> std::sync::MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_live(&self) -> std::sync::MutexGuard<'_, HashMap<ExecutionId, Arc<Live>>> {

@@ -9,7 +9,7 @@ use super::commit::{Whose, size};
 use super::live::Live;
 use crate::journal::{Journal, Position};
 use crate::model::ExecutionId;
-use crate::store::{Store, StoreError, Write};
+use crate::store::{Store, Write};
 use crate::tasks::Tasks;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -70,7 +70,7 @@ impl Parcel {
             let live = match whose {
                 Whose::Log(live) => live,
                 Whose::Nobodys(sender) => {
-                    waiting.push(sender);
+                    waiting.extend(sender);
                     continue;
                 }
             };
@@ -88,6 +88,11 @@ impl Parcel {
         let deletes = writes.iter().any(|write| matches!(write, Write::Delete { .. }));
         let bytes = writes.iter().map(size).sum();
         Self { at, after, count: writes.len(), bytes, writes: Some(writes), logs, waiting, deletes }
+    }
+
+    /// The same, to be read from the journal.
+    pub(super) fn without_writes(self) -> Self {
+        Self { writes: None, ..self }
     }
 }
 
@@ -127,7 +132,7 @@ impl Outgoing {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         if inner.kept + parcel.bytes > KEPT_BYTES {
             parcel.writes = None;
-        } else {
+        } else if parcel.writes.is_some() {
             inner.kept += parcel.bytes;
         }
         inner.parcels.push_back(parcel);
@@ -216,11 +221,7 @@ async fn ship(shared: &Arc<Shared>, mut parcels: Vec<Parcel>, stop: &Cancellatio
             },
         }
     }
-    let refused = match deliver(&shared.store, writes, &shared.outgoing.trouble, stop).await {
-        Delivered::All => Vec::new(),
-        Delivered::Without(refused) => refused,
-        Delivered::Stopped => return false,
-    };
+    let Some(refused) = deliver(&shared.store, writes, &shared.outgoing.trouble, stop).await else { return false };
     let count: usize = parcels.iter().map(|parcel| parcel.count).sum();
     let after = parcels.last().map(|parcel| parcel.after);
     let deletes = parcels.iter().any(|parcel| parcel.deletes);
@@ -235,6 +236,7 @@ async fn ship(shared: &Arc<Shared>, mut parcels: Vec<Parcel>, stop: &Cancellatio
             if lost || ends {
                 // From here on the store alone has it; readers that hold the head see that it has ended.
                 shared.lock_live().remove(&live.id);
+                shared.lock_ledger().shipped(live.id);
             }
         }
         for sender in waiting {
@@ -246,7 +248,8 @@ async fn ship(shared: &Arc<Shared>, mut parcels: Vec<Parcel>, stop: &Cancellatio
         // What was deleted is to leave the disk as soon as nothing else is beside it.
         let deletes = deletes || shared.outgoing.deleted.load(Ordering::Relaxed);
         let journal = Arc::clone(&shared.journal);
-        let released = shared.tasks.spawn_blocking(move || journal.release(after, deletes)).await;
+        let summing = Arc::clone(shared);
+        let released = shared.tasks.spawn_blocking(move || journal.release(after, deletes, || summing.summary())).await;
         let clean = released.unwrap_or_else(|error| Err(io::Error::other(error))).unwrap_or_else(|error| {
             tracing::warn!(%error, "a segment of the journal that is no more needed cannot be removed");
             false
@@ -264,25 +267,17 @@ pub(super) async fn load(tasks: &Tasks, journal: &Arc<Journal>, at: Position) ->
     tasks.spawn_blocking(move || decode(&journal.get(at)?)).await.unwrap_or_else(|error| Err(io::Error::other(error)))
 }
 
-/// What became of a delivery.
-enum Delivered {
-    All,
-    /// What belongs to these is refused for good; `None` stands for what belongs to no execution.
-    Without(Vec<Option<ExecutionId>>),
-    Stopped,
-}
-
-/// Writes until the database has it.
+/// Writes until the database has it. What belongs to those that are named it never gets, or did not take as it was meant:
+/// their logs are not this sidecar's any more. `None` stands for what belongs to no execution; without an answer it was
+/// told to stop.
 async fn deliver(
     store: &Store,
     writes: Vec<Write>,
     trouble: &watch::Sender<Option<String>>,
     stop: &CancellationToken,
-) -> Delivered {
-    match until_taken(store, &writes, trouble, stop).await {
-        None => return Delivered::Stopped,
-        Some(true) => return Delivered::All,
-        Some(false) => {}
+) -> Option<Vec<Option<ExecutionId>>> {
+    if let Ok(taken_over) = until_taken(store, &writes, trouble, stop).await? {
+        return Some(taken_over);
     }
     // One execution's writes are refused for good. The others of the batch have nothing to do with it.
     let mut groups: BTreeMap<Option<ExecutionId>, Vec<Write>> = BTreeMap::new();
@@ -292,10 +287,9 @@ async fn deliver(
     }
     let mut refused = Vec::new();
     for (id, writes) in groups {
-        match until_taken(store, &writes, trouble, stop).await {
-            None => return Delivered::Stopped,
-            Some(true) => {}
-            Some(false) => {
+        match until_taken(store, &writes, trouble, stop).await? {
+            Ok(taken_over) => refused.extend(taken_over),
+            Err(Refused) => {
                 tracing::error!(
                     execution = id.map(tracing::field::display),
                     "what belongs to this cannot be written and is given up"
@@ -304,22 +298,25 @@ async fn deliver(
             }
         }
     }
-    Delivered::Without(refused)
+    Some(refused)
 }
 
-/// `Some(true)` once the database has the writes, `Some(false)` where it never will, `None` where it was told to stop.
+/// The database never takes it.
+struct Refused;
+
+/// Once the database has the writes: those that were taken over by another sidecar. `None` where it was told to stop.
 async fn until_taken(
     store: &Store,
     writes: &[Write],
     trouble: &watch::Sender<Option<String>>,
     stop: &CancellationToken,
-) -> Option<bool> {
+) -> Option<Result<Vec<Option<ExecutionId>>, Refused>> {
     let mut pause = Duration::from_millis(50);
     loop {
         match store.commit(writes).await {
-            Ok(()) => {
+            Ok(committed) => {
                 trouble.send_if_modified(|trouble| trouble.take().is_some());
-                return Some(true);
+                return Some(Ok(committed.taken_over.into_iter().map(Some).collect()));
             }
             Err(error) if error.is_transient() => {
                 tracing::warn!(
@@ -336,51 +333,8 @@ async fn until_taken(
             }
             Err(error) => {
                 tracing::error!(error = &error as &dyn std::error::Error, "the database refuses a batch");
-                return Some(false);
+                return Some(Err(Refused));
             }
         }
     }
-}
-
-/// Why what an earlier life left cannot be brought to the database.
-#[derive(Debug, thiserror::Error)]
-pub enum LeftError {
-    /// The journal.
-    #[error("the journal of an earlier life cannot be read")]
-    Journal(#[source] io::Error),
-    /// The database stays away.
-    #[error("the database does not take what an earlier life left in the journal")]
-    Store(#[source] StoreError),
-}
-
-/// Brings what an earlier life left in the journal to the database, and returns how many writes that were. Before
-/// anything is appended.
-///
-/// # Errors
-/// [`LeftError`]; nothing is lost then.
-pub async fn ship_left(tasks: &Tasks, journal: &Arc<Journal>, store: &Store) -> Result<usize, LeftError> {
-    let mut at = journal.start();
-    let mut count = 0;
-    loop {
-        let (reader, from) = (Arc::clone(journal), at);
-        let next = tasks.spawn_blocking(move || {
-            reader.next(from)?.map(|(record, after)| Ok((decode(&record)?, after))).transpose()
-        });
-        let next: io::Result<Option<(Vec<Write>, Position)>> =
-            next.await.unwrap_or_else(|error| Err(io::Error::other(error)));
-        let Some((writes, after)) = next.map_err(LeftError::Journal)? else { break };
-        count += writes.len();
-        // One try that fails for good is enough to find out who is refused; one that may succeed later ends the start.
-        let trouble = watch::Sender::new(None);
-        match store.commit(&writes).await {
-            Ok(()) => {}
-            Err(error) if error.is_transient() => return Err(LeftError::Store(error)),
-            Err(_) => drop(deliver(store, writes, &trouble, &CancellationToken::new()).await),
-        }
-        at = after;
-    }
-    let (releaser, end) = (Arc::clone(journal), at);
-    let released = tasks.spawn_blocking(move || releaser.release(end, true)).await;
-    released.unwrap_or_else(|error| Err(io::Error::other(error))).map_err(LeftError::Journal)?;
-    Ok(count)
 }

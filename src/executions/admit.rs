@@ -3,7 +3,7 @@
 //! What this version cannot do is refused by the field's name, never skipped.
 
 use super::models;
-use crate::model::request::{LimitsRequest, ModelConfig, OnRestart, PermissionMode, TaskRequest};
+use crate::model::request::{LimitsRequest, ModelConfig, PermissionMode, TaskRequest};
 use crate::model::task::{LEAST_CPU_MILLIS, LEAST_DISK, LEAST_MEMORY, LEAST_PIDS, Limits, ModelChoice, Task};
 use crate::secrets::Keyring;
 use crate::workspace::is_plain_relative;
@@ -75,9 +75,6 @@ pub(super) fn admit(
     {
         prose(field, text.as_deref(), ceilings)?;
     }
-    if request.on_restart == Some(OnRestart::Resume) {
-        return refuse("on_restart", format!("`resume` {NOT_YET}"));
-    }
     if let Some(permissions) = &request.permissions {
         match permissions.mode {
             None | Some(PermissionMode::Allow) => {}
@@ -132,6 +129,7 @@ pub(super) fn admit(
         workdir,
         timeout_seconds,
         limits: limits(&request.limits.unwrap_or_default(), ceilings)?,
+        on_restart: request.on_restart.unwrap_or_default(),
         metadata: request.metadata,
     };
     Ok((task, api_key))
@@ -271,7 +269,6 @@ mod tests {
             ("workdir", Box::new(|b| b["workdir"] = json!("a\u{202e}b"))),
             ("agent", Box::new(|b| b["agent"] = json!("nobody"))),
             ("metadata", Box::new(|b| b["metadata"] = json!("x".repeat(20_000)))),
-            ("on_restart", Box::new(|b| b["on_restart"] = json!("resume"))),
             ("permissions.mode", Box::new(|b| b["permissions"] = json!({"mode": "ask"}))),
             ("limits.memory_bytes", Box::new(|b| b["limits"] = json!({"memory_bytes": 1}))),
             ("limits.model_calls", Box::new(|b| b["limits"] = json!({"model_calls": 11}))),

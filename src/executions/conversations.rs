@@ -6,7 +6,7 @@
 use super::admit::{self, Ceilings, FieldError, non_empty, prose, refuse};
 use super::kept::{Changes, Kept};
 use super::{Executions, Queued, SUBMIT_TIMEOUT, Shared, SubmitError, View, owner, queue};
-use crate::model::request::{ModelConfig, TaskRequest};
+use crate::model::request::{ModelConfig, OnRestart, TaskRequest};
 use crate::model::task::{ModelChoice, Task};
 use crate::model::{ExecutionId, Reason, SessionId, SessionRecord, Status, Submitted, TaskId};
 use crate::opencode::profile::Profile;
@@ -117,6 +117,9 @@ impl Kept {
         }
         if request.workdir.as_deref().is_some_and(|dir| !dir.is_empty()) {
             return refuse("workdir", "cannot be given with session_id: a session works in the workspace itself");
+        }
+        if request.on_restart == Some(OnRestart::Resume) {
+            return refuse("on_restart", "cannot be `resume` with session_id: a session ends with the sidecar");
         }
         if let Some(limits) = &request.limits {
             for (field, value) in [
@@ -300,7 +303,8 @@ impl Executions {
         let request = TaskRequest::prompt(TaskId(kept.id().0), kept.id(), prompt);
         let (task, api_key) = kept.admit(request, &self.shared.settings.ceilings)?;
         let record = self.record(task, Some(kept)).map_err(|_| CreateError::ShuttingDown)?;
-        let (owner, seq) = self.begin(record, Some(Arc::clone(kept)));
+        // Its session ends with the sidecar: nothing of it is needed after a restart.
+        let (owner, seq) = self.begin(record, Some(Arc::clone(kept)), None);
         let stored = tokio::time::timeout(SUBMIT_TIMEOUT, owner.writer.committed(seq)).await;
         if stored != Ok(true) {
             let service = self.clone();

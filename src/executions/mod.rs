@@ -6,7 +6,9 @@
 //! - `conversations`: sessions that callers make: made, prompted, ended, listed.
 //! - `kept`: one of them: its executions and what becomes of its process.
 //! - `terminals`: shells in such sessions.
+//! - `lease`: which sidecar of the project an execution is of, and what becomes of those of one that is gone.
 //! - `owner`: the life of one execution, from its turn to its last event.
+//! - `recovery`: what an earlier life of the sidecar left of them.
 //! - `retention`: forgets what is old.
 //!
 //! Statuses are decided by `model::execution` alone; this module carries out what it says.
@@ -15,9 +17,11 @@ mod admit;
 mod conversations;
 mod idempotency;
 mod kept;
+mod lease;
 mod models;
 mod owner;
 mod queue;
+mod recovery;
 mod retention;
 mod terminals;
 
@@ -25,24 +29,29 @@ pub use crate::sessions::{MAX_TERMINALS, Terminal, TerminalSize};
 pub use admit::{Ceilings, FieldError};
 pub use conversations::{CreateError, CreateSession, NewSession, SessionState};
 pub use kept::Changes;
+pub use recovery::sessions_to_keep;
 pub use terminals::OpenTerminalError;
 
 use crate::events::{Events, Head, Writer};
 use crate::model::event::NewEvent;
 use crate::model::request::TaskRequest;
-use crate::model::{ExecutionId, ExecutionRecord, Idempotency, Reason, SessionId, Status, Submitted, Task};
+use crate::model::{
+    ExecutionId, ExecutionRecord, Fingerprint, Idempotency, Reason, SessionId, Status, Submitted, Task,
+};
+use crate::secrets::SealingKey;
 use crate::sessions::Sessions;
-use crate::store::{Cursor, HistoryFilter, Store, StoreError};
+use crate::store::{Cursor, Fact, HistoryFilter, Store, StoreError};
 use crate::tasks::Tasks;
 use crate::telemetry::Metrics;
 use crate::workspace::Workspace;
 use chrono::{TimeDelta, Utc};
 use idempotency::{Claim, KeyError, Keys, Known};
 use kept::Kept;
-use owner::Owner;
+use owner::{Owner, Resumption};
 use queue::Admission;
 use secrecy::SecretString;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -52,6 +61,8 @@ use uuid::Uuid;
 
 /// How long a submission waits for its record to be durable.
 const SUBMIT_TIMEOUT: Duration = Duration::from_secs(8);
+/// How long the database may take to tell whether it knows a key.
+const KEY_LOOK: Duration = Duration::from_secs(1);
 /// How long a deletion may take to reach the database before its caller is told to come again.
 const DELETE_WAIT: Duration = Duration::from_secs(5);
 
@@ -61,9 +72,15 @@ pub struct Settings {
     pub project: String,
     /// This sidecar's instance: its state directory's id.
     pub owner: Uuid,
+    /// How long another sidecar of the project has to be silent until what it has left is ended.
+    pub lease: Duration,
+    /// A file whose time says when this sidecar lived last.
+    pub alive: PathBuf,
     pub max_running: usize,
     pub max_queued: usize,
     pub ceilings: Ceilings,
+    /// Seals the keys of models of executions that may have to survive a restart.
+    pub sealing: SealingKey,
     /// Protections that are on for sessions, by name.
     pub protections: Vec<String>,
     /// How long the process of a caller's session rests before it is parked.
@@ -91,9 +108,13 @@ struct Shared {
     metrics: Metrics,
     admission: Mutex<Admission<Queued>>,
     live: Mutex<HashMap<ExecutionId, Arc<Owner>>>,
+    /// What an earlier life left, until it is known that nobody has taken it over.
+    held: Mutex<BTreeMap<ExecutionId, Queued>>,
     /// Sessions that callers made and that have not ended; `None` while one is being made.
     kept: Mutex<HashMap<SessionId, Option<Arc<Kept>>>>,
     keys: Arc<Keys>,
+    /// Whether the keys are all that there were when this sidecar first asked the database.
+    keys_known: AtomicBool,
     live_count: watch::Sender<usize>,
     closing: AtomicBool,
     abandoned: AtomicUsize,
@@ -129,6 +150,8 @@ pub enum SubmitError {
     KeyPending,
     #[error("as many idempotency keys are remembered as may")]
     TooManyKeys,
+    #[error("it is not known yet which idempotency keys were used")]
+    KeysUnknown,
 }
 
 /// A submission that was taken.
@@ -171,8 +194,10 @@ impl Executions {
                 metrics,
                 admission,
                 live: Mutex::default(),
+                held: Mutex::default(),
                 kept: Mutex::default(),
                 keys: Arc::new(Keys::new(idempotency::MOST)),
+                keys_known: AtomicBool::new(false),
                 live_count: watch::Sender::new(0),
                 closing: AtomicBool::new(false),
                 abandoned: AtomicUsize::new(0),
@@ -180,44 +205,22 @@ impl Executions {
         }
     }
 
-    /// Ends what an earlier life of this instance left unfinished: its processes are gone (each jail ends its own
-    /// with the sidecar), so the executions were interrupted. With `power_lost` their logs may lack events that somebody
-    /// saw, and go on under a new epoch. Learns which keys were used in the last 24 h. Call it before anything is taken in.
-    ///
-    /// # Errors
-    /// Where the database cannot be asked.
-    pub async fn recover(&self, power_lost: bool) -> Result<usize, StoreError> {
-        let (store, project) = (&self.shared.store, &self.shared.settings.project);
-        let since = Utc::now() - idempotency::LIFE;
-        self.shared.keys.remember(store.submitted_with_key(project, since, idempotency::MOST).await?);
-        let left = store.unfinished(self.shared.settings.owner).await?;
-        let count = left.len();
-        for mut record in left {
-            if power_lost {
-                record.epoch = record.epoch.saturating_add(1);
-            }
-            tracing::warn!(execution = %record.id, status = record.status.as_str(), "an execution was interrupted by the end of the sidecar");
-            let writer = self.shared.events.open(record.clone());
-            let owner = self.adopt(record, writer, None);
-            owner.end_now(Reason::Interrupted, "The sidecar or its node went away while the task was running.").await;
-            self.forget(&owner);
-        }
-        for mut session in self.shared.store.open_sessions(self.shared.settings.owner).await? {
-            session.ended_at = Some(Utc::now());
-            self.shared.events.put_session(session).await;
-        }
-        Ok(count)
-    }
-
     /// A new execution: its record and its first event are queued as one.
-    fn begin(&self, record: ExecutionRecord, kept: Option<Arc<Kept>>) -> (Arc<Owner>, u64) {
+    fn begin(&self, record: ExecutionRecord, kept: Option<Arc<Kept>>, sealed: Option<String>) -> (Arc<Owner>, u64) {
         let pending = NewEvent::status(Status::Pending, None, None);
-        let (writer, seq) = self.shared.events.begin(record.clone(), pending);
-        (self.adopt(record, writer, kept), seq)
+        let facts = sealed.map(Fact::Credentials).into_iter().collect();
+        let (writer, seq) = self.shared.events.begin(record.clone(), facts, pending);
+        (self.adopt(record, writer, kept, None), seq)
     }
 
-    fn adopt(&self, record: ExecutionRecord, writer: Writer, kept: Option<Arc<Kept>>) -> Arc<Owner> {
-        let owner = Arc::new(Owner::new(record, writer, kept));
+    fn adopt(
+        &self,
+        record: ExecutionRecord,
+        writer: Writer,
+        kept: Option<Arc<Kept>>,
+        resumption: Option<Resumption>,
+    ) -> Arc<Owner> {
+        let owner = Arc::new(Owner::new(record, writer, kept, resumption));
         let mut live = self.shared.lock_live();
         live.insert(owner.id, Arc::clone(&owner));
         self.shared.live_count.send_replace(live.len());
@@ -285,7 +288,21 @@ impl Executions {
         let deadline = Instant::now() + SUBMIT_TIMEOUT;
         loop {
             match self.shared.keys.ask(idempotency.clone(), Utc::now()) {
-                Ok(Known::No(claim)) => return Ok(Ok(claim)),
+                Ok(Known::No(claim)) => {
+                    return match self.taken_elsewhere(&idempotency).await? {
+                        None => Ok(Ok(claim)),
+                        Some((fingerprint, submitted)) => {
+                            drop(claim);
+                            let first = Idempotency { fingerprint, ..idempotency.clone() };
+                            self.shared.keys.remember(vec![(first, submitted.clone())]);
+                            if fingerprint == idempotency.fingerprint {
+                                Ok(Err(submitted))
+                            } else {
+                                Err(SubmitError::KeyReused)
+                            }
+                        }
+                    };
+                }
                 Ok(Known::Yes(submitted)) => return Ok(Err(submitted)),
                 Ok(Known::Soon(mut decided)) => {
                     // It never changes: it closes.
@@ -296,6 +313,18 @@ impl Executions {
                 Err(KeyError::Mismatch) => return Err(SubmitError::KeyReused),
                 Err(KeyError::Full) => return Err(SubmitError::TooManyKeys),
             }
+        }
+    }
+
+    /// Whether the database knows a key that is not known here: another sidecar of the project may have taken it. Where it
+    /// cannot be asked the key is taken for a new one, unless it could never be asked.
+    async fn taken_elsewhere(&self, of: &Idempotency) -> Result<Option<(Fingerprint, Submitted)>, SubmitError> {
+        let since = Utc::now() - idempotency::LIFE;
+        let known = self.shared.store.submitted_under(&self.shared.settings.project, &of.caller, &of.key, since);
+        match tokio::time::timeout(KEY_LOOK, known).await {
+            Ok(Ok(taken)) => Ok(taken),
+            _ if self.shared.keys_known.load(Ordering::SeqCst) => Ok(None),
+            _ => Err(SubmitError::KeysUnknown),
         }
     }
 
@@ -325,25 +354,44 @@ impl Executions {
         };
         record.idempotency = claim.as_ref().map(|claim| claim.idempotency().clone());
         let submitted = record.submitted();
-        let (owner, seq) = self.begin(record, kept);
-        let stored = tokio::time::timeout(SUBMIT_TIMEOUT, owner.writer.committed(seq)).await;
-        let mut admission = self.shared.lock_admission();
-        // Looked at under the lock: who comes after the shutdown has emptied the queue must not get into it.
-        let refused = match stored {
-            Ok(true) if !self.shared.closing.load(Ordering::SeqCst) => {
-                admission.enqueue(owner.id, session, Queued { owner, api_key });
-                drop(admission);
-                if let Some(claim) = claim {
-                    claim.taken(submitted.clone());
+        // One of a caller's session ends with it, and needs nothing after a restart.
+        let sealed = match &kept {
+            Some(_) => None,
+            None => match self.shared.settings.sealing.seal(&api_key, record.id.0.as_bytes()) {
+                Ok(sealed) => Some(sealed),
+                Err(error) => {
+                    tracing::error!(%error, "the key of a task's model cannot be sealed");
+                    self.shared.lock_admission().release();
+                    return Err(SubmitError::NotStored);
                 }
-                self.start_next();
-                return Ok(submitted);
-            }
-            Ok(true) => SubmitError::ShuttingDown,
-            _ => SubmitError::NotStored,
+            },
         };
-        admission.release();
-        drop(admission);
+        let (owner, seq) = self.begin(record, kept, sealed);
+        let stored = tokio::time::timeout(SUBMIT_TIMEOUT, owner.writer.committed(seq)).await;
+        if stored == Ok(true) {
+            let closing = {
+                // Looked at under the lock: who comes after the shutdown has emptied the queue must not get into it. What
+                // is durable is taken all the same, and runs after the restart.
+                let mut admission = self.shared.lock_admission();
+                let closing = self.shared.closing.load(Ordering::SeqCst);
+                if closing {
+                    admission.release();
+                } else {
+                    admission.enqueue(owner.id, session, Queued { owner: Arc::clone(&owner), api_key });
+                }
+                closing
+            };
+            if let Some(claim) = claim {
+                claim.taken(submitted.clone());
+            }
+            if closing {
+                self.leave_waiting(&owner).await;
+            } else {
+                self.start_next();
+            }
+            return Ok(submitted);
+        }
+        self.shared.lock_admission().release();
         // Where it is written after all, once the database is back, it is as one that never ran, and has no key.
         owner.give_key_back();
         let service = self.clone();
@@ -351,7 +399,16 @@ impl Executions {
             owner.end_now(Reason::Interrupted, "The submission was refused, and the task did not run.").await;
             service.forget(&owner);
         });
-        Err(refused)
+        Err(SubmitError::NotStored)
+    }
+
+    /// The shutdown has come before the turn of one that waits: it waits on, for the next life. One of a caller's session
+    /// ends with that.
+    async fn leave_waiting(&self, owner: &Owner) {
+        if owner.kept.is_some() {
+            owner.end_now(Reason::Interrupted, "The sidecar shut down before the task's turn came.").await;
+        }
+        self.forget(owner);
     }
 
     /// Starts as many as there are slots.
@@ -434,7 +491,7 @@ impl Executions {
             // The lock decides: whoever takes it out of the queue ends it.
             let queued = {
                 let mut admission = self.shared.lock_admission();
-                let queued = admission.remove(id);
+                let queued = admission.remove(id).or_else(|| self.shared.lock_held().remove(&id));
                 self.shared.show_load(&admission);
                 queued
             };
@@ -487,24 +544,27 @@ impl Executions {
         self.shared.closing.load(Ordering::SeqCst)
     }
 
-    /// Takes nothing more in, ends everything as `interrupted`, and waits at most `grace` for it.
+    /// Takes nothing more in, and waits at most `grace` until nothing runs: what waits and what is to be resumed goes on in
+    /// the next life, everything else ends as `interrupted`.
     ///
     /// # Errors
     /// How many executions or sessions had to be abandoned.
     pub async fn shut_down(&self, grace: Duration) -> Result<(), usize> {
         self.shared.closing.store(true, Ordering::SeqCst);
-        let queued = self.shared.lock_admission().drain();
+        let mut queued = self.shared.lock_admission().drain();
+        queued.extend(std::mem::take(&mut *self.shared.lock_held()).into_values());
+        let mut waiting = BTreeSet::new();
         for queued in queued {
-            // Side by side: each waits until it is durable, which takes for ever where the database is away.
+            waiting.insert(queued.owner.id);
+            // Side by side: each waits until it is durable, which takes for ever where the disk takes nothing.
             let service = self.clone();
-            self.shared.tasks.spawn("interrupt", async move {
-                queued.owner.end_now(Reason::Interrupted, "The sidecar shut down before the task's turn came.").await;
-                service.forget(&queued.owner);
-            });
+            self.shared.tasks.spawn("leave waiting", async move { service.leave_waiting(&queued.owner).await });
         }
         let running: Vec<_> = self.shared.lock_live().values().cloned().collect();
-        for owner in running {
-            owner.ask_to_end(Reason::Interrupted, "The sidecar shut down while the task was running.").await;
+        for owner in running.into_iter().filter(|owner| !waiting.contains(&owner.id)) {
+            if !owner.ask_to_suspend().await {
+                owner.ask_to_end(Reason::Interrupted, "The sidecar shut down while the task was running.").await;
+            }
         }
         let mut live = self.shared.live_count.subscribe();
         let begun = Instant::now();
@@ -528,6 +588,10 @@ impl Shared {
 
     fn lock_kept(&self) -> std::sync::MutexGuard<'_, HashMap<SessionId, Option<Arc<Kept>>>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_held(&self) -> std::sync::MutexGuard<'_, BTreeMap<ExecutionId, Queued>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_live(&self) -> std::sync::MutexGuard<'_, HashMap<ExecutionId, Arc<Owner>>> {

@@ -9,11 +9,13 @@ use super::kept::Kept;
 use crate::events::Writer;
 use crate::model::event::{NewEvent, Severity};
 use crate::model::execution::{Command, Effect, Rejected, State, apply};
+use crate::model::request::OnRestart;
+use crate::model::task::Limits;
 use crate::model::{ExecutionId, ExecutionRecord, Reason, Status, Usage};
 use crate::opencode::launch::LaunchError;
 use crate::opencode::outcome::Failure;
 use crate::opencode::profile::Profile;
-use crate::sessions::{Ended, Measured, Observer, Progress, Run, Session, SessionError, Wanted};
+use crate::sessions::{Ended, Measured, Observer, Parked, Progress, Run, Session, SessionError, Wanted};
 use chrono::{DateTime, Utc};
 use secrecy::SecretString;
 use serde_json::json;
@@ -30,7 +32,19 @@ pub(super) struct Owner {
     work: Mutex<Work>,
     /// The caller's session that it runs in; `None` where it gets one of its own.
     pub(super) kept: Option<Arc<Kept>>,
+    /// What it goes on from, until it does.
+    resumption: Mutex<Option<Resumption>>,
+    /// What it had used and changed in earlier lives of the sidecar.
+    before: (Usage, Vec<String>),
     stop: CancellationToken,
+}
+
+/// What an earlier life of the sidecar left of an execution that is resumed.
+#[derive(Debug)]
+pub(super) struct Resumption {
+    pub(super) parked: Parked,
+    /// What the agent is told.
+    pub(super) message: String,
 }
 
 #[derive(Debug)]
@@ -40,18 +54,25 @@ struct Work {
     current_tool: Option<String>,
     /// What the first one who wanted its end had to say.
     ending: Option<String>,
+    /// It stops without an end: a later life of the sidecar goes on with it.
+    suspended: bool,
 }
 
 impl Owner {
-    pub(super) fn new(record: ExecutionRecord, writer: Writer, kept: Option<Arc<Kept>>) -> Self {
-        let mut state = State::new(record.created_at);
-        state.status = record.status;
-        state.started_at = record.started_at;
+    pub(super) fn new(
+        record: ExecutionRecord,
+        writer: Writer,
+        kept: Option<Arc<Kept>>,
+        resumption: Option<Resumption>,
+    ) -> Self {
+        let state = State::of(&record);
         Self {
             id: record.id,
             writer,
-            work: Mutex::new(Work { state, record, current_tool: None, ending: None }),
+            before: (record.usage.clone(), record.files_modified.clone()),
+            work: Mutex::new(Work { state, record, current_tool: None, ending: None, suspended: false }),
             kept,
+            resumption: Mutex::new(resumption),
             stop: CancellationToken::new(),
         }
     }
@@ -126,6 +147,42 @@ impl Owner {
         }
     }
 
+    /// The sidecar goes away: it stops without an end where a later life can go on with it. `false` where it cannot.
+    pub(super) async fn ask_to_suspend(&self) -> bool {
+        {
+            let mut work = self.lock();
+            let resumes = work.record.task.on_restart == OnRestart::Resume && self.kept.is_none();
+            if !resumes || work.state.ending.is_some() || work.state.status.is_final() {
+                return false;
+            }
+            work.suspended = true;
+        }
+        let message = "The sidecar shuts down; the task goes on after its restart.";
+        self.writer.append(NewEvent::log(Severity::Info, "suspended", message)).await;
+        self.stop.cancel();
+        true
+    }
+
+    fn is_suspended(&self) -> bool {
+        let work = self.lock();
+        work.suspended && work.state.ending.is_none()
+    }
+
+    /// It was taken up after a restart: its open calls have no result, and it waits for its turn.
+    pub(super) async fn restarted(&self, cut_off: Vec<NewEvent>, message: &str) {
+        let calls: Vec<_> = cut_off.iter().map(|call| call.data["call_id"].clone()).collect();
+        let severity = if calls.is_empty() { Severity::Info } else { Severity::Warn };
+        for call in cut_off {
+            self.writer.append(call).await;
+        }
+        let mut event = NewEvent::log(severity, "restarted", message);
+        event.data["interrupted_calls"] = json!(calls);
+        let seq = self.writer.append(event).await;
+        // With its generation, and with its epoch.
+        self.writer.progress(self.lock().record.clone());
+        self.writer.committed(seq).await;
+    }
+
     /// Ends it here and now, where it has no session: it never ran, or its processes are gone already. Returns when
     /// that is durable.
     pub(super) async fn end_now(&self, reason: Reason, message: &str) {
@@ -145,12 +202,18 @@ impl Owner {
 
     /// Runs it, to its last event. `false` where something of its session could not be ended.
     pub(super) async fn live(&self, shared: &Shared, api_key: SecretString) -> bool {
-        let started = self.step(Command::Start, Vec::new());
+        let begin = if self.lock().state.started_at.is_none() { Command::Start } else { Command::Restart };
+        let started = self.step(begin, Vec::new());
         let (ended, before, failure) = match started {
             Ok(_) => self.work(shared, api_key).await,
             // Its end was asked for in the moment of its turn.
             Err(_) => (Ended { nothing_left: true, ..Ended::default() }, Measured::default(), None),
         };
+        if self.is_suspended() {
+            tracing::info!(execution = %self.id, "execution suspended");
+            self.writer.progress(self.lock().record.clone());
+            return ended.nothing_left;
+        }
         let mut last_words = Vec::new();
         if !ended.nothing_left {
             last_words.push(NewEvent::log(
@@ -193,11 +256,19 @@ impl Owner {
     /// Gets a session, runs the task in it, and ends it. When this returns, [`Command::End`] was taken.
     async fn work(&self, shared: &Shared, api_key: SecretString) -> (Ended, Measured, Option<Failure>) {
         let record = self.lock().record.clone();
-        let deadline = Instant::now() + record.task.timeout();
+        let used = self.lock().state.running_time(Utc::now()).to_std().unwrap_or_default();
+        let deadline = Instant::now() + record.task.timeout().saturating_sub(used);
         shared.make_room().await;
-        let session = self.session(shared, &record, api_key, deadline).await;
+        let resumption = self.resumption.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let again = resumption.as_ref().map(|resumption| resumption.message.clone());
+        let parked = resumption.map(|resumption| resumption.parked);
+        let session = self.session(shared, &record, api_key, parked, deadline).await;
         let (mut session, warm) = match session {
             Ok(session) => session,
+            // As if it had never been tried.
+            Err(_) if self.is_suspended() => {
+                return (Ended { nothing_left: true, ..Ended::default() }, Measured::default(), None);
+            }
             Err(failure) => {
                 let nothing = Ended { nothing_left: true, ..Ended::default() };
                 return (nothing, Measured::default(), self.failed(failure));
@@ -221,16 +292,22 @@ impl Owner {
             self.writer.append(ignored).await;
         }
         let title = record.id.to_string();
-        let run =
-            Run { task: &record.task, title: &title, writer: &self.writer, observer: self, stop: &self.stop, deadline };
+        let run = Run {
+            task: &record.task,
+            title: &title,
+            again: again.as_deref(),
+            writer: &self.writer,
+            observer: self,
+            stop: &self.stop,
+            deadline,
+        };
         let ending = run.run(&mut session).await;
-        {
-            let mut work = self.lock();
-            work.record.final_message = ending.final_message;
-            work.record.progress = ending.progress.progress;
-            work.record.files_modified = ending.progress.files_modified;
-            work.record.usage = Usage { cpu_seconds: None, ..ending.progress.usage };
+        self.take_over(ending.progress);
+        // What ended by itself in that moment has ended.
+        if ending.reason == Reason::Cancelled && self.is_suspended() {
+            return (session.park(false).await.0, before, None);
         }
+        self.lock().record.final_message = ending.final_message;
         // Refused where somebody asked for the end before; then theirs is the reason.
         let failure = match self.step(Command::End(ending.reason), Vec::new()) {
             Ok(_) => ending.failure,
@@ -256,6 +333,7 @@ impl Owner {
         shared: &Shared,
         record: &ExecutionRecord,
         api_key: SecretString,
+        parked: Option<Parked>,
         deadline: Instant,
     ) -> Result<(Session, bool), Failure> {
         let workdir = shared.workspace.workdir(record.task.workdir.as_deref()).map_err(|error| {
@@ -266,16 +344,22 @@ impl Owner {
             profile: Profile { model: record.task.model.clone() },
             api_key,
             workdir,
-            limits: record.task.limits,
+            limits: self.limits_left(&record.task.limits),
             start_within: deadline.saturating_duration_since(Instant::now()),
             stop: self.stop.clone(),
         };
         let session = match &self.kept {
             Some(kept) => kept.take(shared, wanted).await,
-            None => shared.sessions.acquire(wanted, None).await.map(|session| {
-                let warm = session.is_warm();
-                (session, warm)
-            }),
+            None => {
+                let session = shared.sessions.acquire(wanted, parked.as_ref()).await;
+                if let (Err(_), Some(parked), false) = (&session, parked, self.is_suspended()) {
+                    parked.discard();
+                }
+                session.map(|session| {
+                    let warm = session.is_warm();
+                    (session, warm)
+                })
+            }
         };
         session.map_err(|error| {
             if Instant::now() >= deadline {
@@ -317,13 +401,36 @@ pub(super) fn not_started(error: &SessionError) -> Failure {
     }
 }
 
+impl Owner {
+    /// How far it is, with what it had done before the sidecar's restart.
+    fn take_over(&self, progress: Progress) {
+        let (usage, files) = &self.before;
+        let mut work = self.lock();
+        work.record.progress = progress.progress.or(work.record.progress);
+        work.record.usage = usage.and_then(progress.usage);
+        work.record.files_modified.clone_from(files);
+        for file in progress.files_modified {
+            if !files.contains(&file) {
+                work.record.files_modified.push(file);
+            }
+        }
+        work.current_tool = progress.current_tool;
+    }
+
+    /// What it may still use of the model.
+    fn limits_left(&self, limits: &Limits) -> Limits {
+        let Usage { model_calls, input_tokens, output_tokens, .. } = self.before.0;
+        Limits {
+            model_calls: limits.model_calls.saturating_sub(model_calls),
+            total_tokens: limits.total_tokens.saturating_sub(input_tokens + output_tokens),
+            ..*limits
+        }
+    }
+}
+
 impl Observer for Owner {
     fn progress(&self, progress: Progress) {
-        let mut work = self.lock();
-        work.record.progress = progress.progress;
-        work.record.files_modified = progress.files_modified;
-        work.record.usage = progress.usage;
-        work.current_tool = progress.current_tool;
-        self.writer.progress(work.record.clone());
+        self.take_over(progress);
+        self.writer.progress(self.lock().record.clone());
     }
 }

@@ -59,6 +59,11 @@ impl<T> Admission<T> {
         self.queue.push_back(Waiting { id, session, item });
     }
 
+    /// Puts one at the end of the line that had its place in an earlier life, whether there is room or not.
+    pub(super) fn put_back(&mut self, id: ExecutionId, item: T) {
+        self.queue.push_back(Waiting { id, session: None, item });
+    }
+
     /// The next one whose turn it is, if a slot is free; the slot is taken then, until [`Self::finished`]. One whose
     /// session is busy lets the others pass.
     pub(super) fn start_next(&mut self) -> Option<(ExecutionId, T)> {

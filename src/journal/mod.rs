@@ -3,18 +3,21 @@
 //! An append-only log of opaque records in segments beneath one directory. A record is checked by a checksum, and is
 //! there wholly or not at all: a tail that was torn by a loss of power is cut off when the journal is opened. What is
 //! appended survives this process at once, and the machine with [`Journal::sync`]. Whoever has brought a record to
-//! where it belongs says so with [`Journal::release`], which removes the segments before it.
+//! where it belongs says so with [`Journal::release`], which removes the segments before it. What of them is still
+//! needed is in the *summary*, which replaces the one before it as a whole.
 //!
 //! One writer, many readers. Everything here blocks, and belongs on a thread that may.
 //!
 //! # Why not an existing store
-//! What is needed is one ordered file: append, sync, read at a place, drop the head. `fjall` and `redb` are stores of
+//! What is needed is one ordered file: append, sync, read at a place, drop the head; and a note of some hundred lines
+//! that is replaced now and then. `fjall` and `redb` are stores of
 //! keys: they write each record twice (their own log, then a tree), and compact what lives for a second. SQLite does
 //! likewise and would need a second driver beside that of Postgres. `okaywal`, which is the right shape, is no longer
 //! maintained (its last release is of 2023). What is left to do by hand is a length and a checksum.
 
 mod boot;
 mod segment;
+mod summary;
 
 use segment::{HEADER, Segment};
 use std::collections::VecDeque;
@@ -27,6 +30,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// How long a segment gets, in bytes, before the next one is begun; one record may be longer than that.
 const SEGMENT: u64 = 8 * 1024 * 1024;
+/// The number of the first one.
+const FIRST: u64 = 1;
 /// A last segment of which nothing is needed any more is replaced when it is longer than this, in bytes.
 const STALE: u64 = 256 * 1024;
 
@@ -37,6 +42,13 @@ pub struct Position {
     offset: u64,
 }
 
+impl Position {
+    /// The place of the record of this length that ends here.
+    pub fn before(self, length: usize) -> Self {
+        Self { offset: self.offset.saturating_sub(segment::framed(length)), ..self }
+    }
+}
+
 /// The open journal. Its directory must be this process's alone.
 #[derive(Debug)]
 pub struct Journal {
@@ -45,6 +57,12 @@ pub struct Journal {
     /// All segments together.
     bytes: AtomicU64,
     power_lost: bool,
+    /// That of an earlier life, until it is taken.
+    summary: Mutex<Option<Vec<u8>>>,
+    /// How long the last one was, in bytes.
+    summary_bytes: AtomicU64,
+    /// Whether anything that was appended since it was made is missing here.
+    is_whole: bool,
 }
 
 #[derive(Debug)]
@@ -80,6 +98,15 @@ impl Journal {
         let mut segments = VecDeque::new();
         let mut damage = Vec::new();
         let numbers = segment::list(directory)?;
+        let summary = match summary::read(directory) {
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                let file = summary::path(directory);
+                let bytes = fs::metadata(&file).map(|file| file.len()).unwrap_or(0);
+                damage.push(Damage { file, bytes, in_the_middle: true });
+                None
+            }
+            summary => summary?,
+        };
         for (at, number) in numbers.iter().enumerate() {
             let (segment, cut) = Segment::check(directory, *number)?;
             if cut > 0 {
@@ -88,12 +115,34 @@ impl Journal {
             }
             segments.push_back(segment);
         }
-        let next = numbers.last().map_or(1, |last| last + 1);
+        let next = numbers.last().map_or(FIRST, |last| last + 1);
         let file = segment::create(directory, next)?;
         segments.push_back(Segment { number: next, length: HEADER });
         let bytes = AtomicU64::new(segments.iter().map(|segment| segment.length).sum());
         let inner = Mutex::new(Inner { segments, file: Arc::new(file), dirty: false, torn: false });
-        Ok((Self { directory: directory.to_owned(), inner, bytes, power_lost }, damage))
+        let is_whole = summary.is_some() || numbers.first() == Some(&FIRST);
+        let journal = Self {
+            directory: directory.to_owned(),
+            inner,
+            bytes,
+            power_lost,
+            summary_bytes: AtomicU64::new(summary.as_ref().map_or(0, |summary| summary.len() as u64)),
+            summary: Mutex::new(summary),
+            is_whole,
+        };
+        Ok((journal, damage))
+    }
+
+    /// What an earlier life noted of the records that it released; once. `None` where there is none: all records since
+    /// the beginning are here, or [`Journal::is_whole`] says otherwise.
+    pub fn take_summary(&self) -> Option<Vec<u8>> {
+        self.summary.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Whether summary and records together tell of everything that was ever appended by earlier lives. Not so in a new
+    /// directory, or where the summary is damaged.
+    pub fn is_whole(&self) -> bool {
+        self.is_whole
     }
 
     /// Whether the machine went down, or the directory came to another one, while an earlier life had it open: then what
@@ -197,27 +246,46 @@ impl Journal {
         Ok(Some((record, after)))
     }
 
-    /// Everything before a place is no more needed. Segments that are wholly before it are removed; the last one is too,
-    /// where it is long, and with `all` in any case. Returns whether nothing of what came before the place is on the disk
-    /// any more.
+    /// Everything before a place is no more needed but for what `summary` makes of it, which may tell of later records
+    /// too. Segments that are wholly before it are removed; the last one is too, where it is long, and with `all` in any
+    /// case. Returns whether nothing of what came before the place is on the disk any more.
     ///
     /// # Errors
-    /// One cannot be removed. It is tried again with the next call.
-    pub fn release(&self, before: Position, all: bool) -> io::Result<bool> {
-        let mut inner = self.lock();
-        let end = inner.segments.back().map(|last| Position { segment: last.number, offset: last.length });
-        let longest = if all { HEADER } else { STALE };
-        if end.is_some_and(|end| before >= end && end.offset > longest) {
-            self.rotate(&mut inner)?;
+    /// The summary cannot be written, or a segment cannot be removed. It is tried again with the next call.
+    pub fn release(&self, before: Position, all: bool, summary: impl FnOnce() -> Vec<u8>) -> io::Result<bool> {
+        let longest = match all {
+            true => HEADER,
+            // So that it is not for ever rewritten for a few records.
+            false => STALE.max(self.summary_bytes.load(Ordering::Relaxed).saturating_mul(2)),
+        };
+        let is_stale = |inner: &Inner| {
+            let end = inner.segments.back().map(|last| Position { segment: last.number, offset: last.length });
+            end.is_some_and(|end| before >= end && end.offset > longest)
+        };
+        let removes = {
+            let inner = self.lock();
+            is_stale(&inner) || inner.segments.len() > 1 && inner.segments.front().is_some_and(|s| s.is_before(before))
+        };
+        if removes {
+            let summary = summary();
+            // What it tells of must not be there without the records that it does not tell of.
+            self.sync()?;
+            summary::write(&self.directory, &summary)?;
+            self.summary_bytes.store(summary.len() as u64, Ordering::Relaxed);
         }
-        self.remove_before(&mut inner, before)?;
+        let mut inner = self.lock();
+        if removes {
+            if is_stale(&inner) {
+                self.rotate(&mut inner)?;
+            }
+            self.remove_before(&mut inner, before)?;
+        }
         Ok(inner.segments.front().is_none_or(|first| first.number > before.segment || before.offset <= HEADER))
     }
 
     fn remove_before(&self, inner: &mut Inner, before: Position) -> io::Result<()> {
         while let Some(first) = inner.segments.front() {
-            let done = first.number < before.segment || first.length <= before.offset && first.number == before.segment;
-            if inner.segments.len() == 1 || !done {
+            if inner.segments.len() == 1 || !first.is_before(before) {
                 break;
             }
             match fs::remove_file(segment::path(&self.directory, first.number)) {

@@ -1,5 +1,6 @@
 //! One file of the journal: a header, then records, each with its length and checksum before it.
 
+use super::Position;
 use crc::{CRC_32_ISCSI, Crc};
 use std::fs::{self, File};
 use std::io;
@@ -26,6 +27,11 @@ pub(super) struct Segment {
 }
 
 impl Segment {
+    /// Whether all of its records are before a place.
+    pub(super) fn is_before(&self, place: Position) -> bool {
+        self.number < place.segment || self.number == place.segment && self.length <= place.offset
+    }
+
     /// Reads all of it, and cuts off what is no record. Gives how much that was.
     pub(super) fn check(directory: &Path, number: u64) -> io::Result<(Self, u64)> {
         let file = File::options().read(true).write(true).open(path(directory, number))?;
@@ -100,7 +106,7 @@ pub(super) fn read(directory: &Path, number: u64, offset: u64) -> io::Result<Vec
 }
 
 /// The record at a place. `None`: what is there is none.
-fn record(file: &File, offset: u64, size: u64) -> io::Result<Option<Vec<u8>>> {
+pub(super) fn record(file: &File, offset: u64, size: u64) -> io::Result<Option<Vec<u8>>> {
     let mut prefix = [0; PREFIX];
     if offset + PREFIX as u64 > size {
         return Ok(None);

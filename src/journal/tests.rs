@@ -54,18 +54,18 @@ fn segments_are_begun_and_removed() {
     let places: Vec<_> = (0..7).map(|_| journal.append(&record).unwrap()).collect();
     // Two of them fit into each.
     assert_eq!(files(directory.path()).len(), 4);
-    assert!(!journal.release(places[2].1, false).unwrap(), "the segment has another one");
-    assert!(journal.release(places[3].1, false).unwrap());
+    assert!(!journal.release(places[2].1, false, Vec::new).unwrap(), "the segment has another one");
+    assert!(journal.release(places[3].1, false, Vec::new).unwrap());
     assert_eq!(files(directory.path()).len(), 2);
     assert_eq!(journal.get(places[1].0).unwrap_err().kind(), io::ErrorKind::NotFound);
     assert_eq!(journal.get(places[4].0).unwrap(), record);
     assert_eq!(all(&journal).len(), 3);
-    assert!(journal.release(places[6].1, false).unwrap());
+    assert!(journal.release(places[6].1, false, Vec::new).unwrap());
     assert_eq!((journal.bytes(), files(directory.path()).len()), (HEADER, 1));
     let small = journal.append(b"secret").unwrap();
-    assert!(!journal.release(small.1, false).unwrap());
+    assert!(!journal.release(small.1, false, Vec::new).unwrap());
     assert_eq!(all(&journal).len(), 1, "a short one is kept for a while");
-    assert!(journal.release(small.1, true).unwrap());
+    assert!(journal.release(small.1, true, Vec::new).unwrap());
     assert_eq!((all(&journal).len(), journal.bytes()), (0, HEADER));
     let left = files(directory.path());
     assert_eq!(left.iter().map(|file| fs::read(file).unwrap().len() as u64).sum::<u64>(), HEADER);

@@ -3,6 +3,7 @@
 //! [`apply`] is the only place that decides a status. It has no clock and does no I/O; the caller hands it the
 //! time and carries out the [`Effect`]s. Whoever writes a status to a database names the one it replaces.
 
+use super::ExecutionRecord;
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 
@@ -121,6 +122,18 @@ impl State {
         }
     }
 
+    /// That of an execution that was stored.
+    pub fn of(record: &ExecutionRecord) -> Self {
+        Self {
+            status: record.status,
+            reason: record.reason,
+            started_at: record.started_at,
+            completed_at: record.completed_at,
+            paused: TimeDelta::milliseconds(i64::try_from(record.paused_ms).unwrap_or(i64::MAX)),
+            ..Self::new(record.created_at)
+        }
+    }
+
     /// Time on the execution's own clock: from its start to `now` or its end, without what it was paused.
     pub fn running_time(&self, now: DateTime<Utc>) -> TimeDelta {
         let Some(started) = self.started_at else { return TimeDelta::zero() };
@@ -139,6 +152,8 @@ impl State {
 pub enum Command {
     /// Its turn has come: a session is being started for it.
     Start,
+    /// It had started in an earlier life of the sidecar, and a session is being started for it again.
+    Restart,
     /// The agent asks something.
     AwaitInput,
     /// It was answered.
@@ -214,6 +229,12 @@ pub fn apply(state: &State, command: Command, now: DateTime<Utc>) -> Result<(Sta
             next.status = Status::Running;
             next.started_at = Some(now);
         }
+        Command::Restart if from == Status::Running => return Ok((next, Vec::new())),
+        Command::Restart if matches!(from, Status::WaitingInput | Status::Paused) => {
+            next.paused = state.paused_time(now);
+            next.paused_since = None;
+            next.status = Status::Running;
+        }
         Command::AwaitInput if from == Status::Running => next.status = Status::WaitingInput,
         Command::InputGiven if from == Status::WaitingInput => next.status = Status::Running,
         Command::Pause if matches!(from, Status::Running | Status::WaitingInput) => {
@@ -266,13 +287,24 @@ mod tests {
         use Command as C;
         use Status as S;
         let record = |expected, to| Effect::Record { expected, to };
-        let commands = [C::Start, C::AwaitInput, C::InputGiven, C::Pause, C::Resume, C::End(Reason::Timeout), C::Ended];
+        let commands = [
+            C::Start,
+            C::Restart,
+            C::AwaitInput,
+            C::InputGiven,
+            C::Pause,
+            C::Resume,
+            C::End(Reason::Timeout),
+            C::Ended,
+        ];
         for &status in S::ALL {
             for command in commands {
                 let got = apply(&in_status(status), command, at(10));
                 let want: Result<(S, Vec<Effect>), Rejected> = match (status, command) {
                     (S::Completed | S::Failed | S::Cancelled, _) => Err(Rejected::Final),
                     (S::Pending, C::Start) => Ok((S::Running, vec![record(S::Pending, S::Running)])),
+                    (S::Running, C::Restart) => Ok((S::Running, Vec::new())),
+                    (S::WaitingInput | S::Paused, C::Restart) => Ok((S::Running, vec![record(status, S::Running)])),
                     (S::Running, C::AwaitInput) => Ok((S::WaitingInput, vec![record(S::Running, S::WaitingInput)])),
                     (S::WaitingInput, C::InputGiven) => Ok((S::Running, vec![record(S::WaitingInput, S::Running)])),
                     (S::Running | S::WaitingInput, C::Pause) => {

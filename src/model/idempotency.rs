@@ -122,7 +122,7 @@ pub struct Idempotency {
 }
 
 /// An execution as the answer to its submission names it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Submitted {
     pub id: ExecutionId,
     pub task_id: TaskId,

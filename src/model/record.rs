@@ -25,6 +25,21 @@ pub struct Usage {
     pub written_bytes: Option<u64>,
 }
 
+impl Usage {
+    /// The same with what was used after it, by another process: counts are added, what is measured is the later one's.
+    #[must_use]
+    pub fn and_then(&self, later: Self) -> Self {
+        Self {
+            input_tokens: self.input_tokens + later.input_tokens,
+            output_tokens: self.output_tokens + later.output_tokens,
+            model_calls: self.model_calls + later.model_calls,
+            cost: self.cost + later.cost,
+            memory_peak_bytes: self.memory_peak_bytes.max(later.memory_peak_bytes),
+            ..later
+        }
+    }
+}
+
 /// The row of an execution: what was asked for, and how it stands.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ExecutionRecord {
@@ -49,6 +64,8 @@ pub struct ExecutionRecord {
     /// Which life of its log this is, from 1. A higher one: a loss of power may have taken events that a reader saw,
     /// and other events have their numbers.
     pub epoch: NonZeroU32,
+    /// Counts up with each sidecar, and each life of one, that has to do with it. A status comes from the latest alone.
+    pub generation: NonZeroU32,
     /// Protections that were on while it ran, by name.
     pub protections: Vec<String>,
     pub final_message: Option<String>,
@@ -79,6 +96,7 @@ impl ExecutionRecord {
             completed_at: None,
             paused_ms: 0,
             epoch: NonZeroU32::MIN,
+            generation: NonZeroU32::MIN,
             protections,
             final_message: None,
             error: None,

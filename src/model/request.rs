@@ -186,9 +186,12 @@ pub enum PermissionMode {
 }
 
 /// What becomes of an execution when the sidecar restarts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, utoipa::ToSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnRestart {
+    /// It ends as `failed`/`interrupted`.
+    #[default]
     Fail,
+    /// It goes on in the same conversation, at most three times. No tool call is run again.
     Resume,
 }

@@ -1,5 +1,6 @@
 //! A task as it was accepted: every field checked, every default filled in. No secret is in it.
 
+use super::request::OnRestart;
 use super::{SessionId, TaskId};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -23,6 +24,9 @@ pub struct Task {
     /// Wall clock without paused time, in whole seconds.
     pub timeout_seconds: u64,
     pub limits: Limits,
+    /// What becomes of it where the sidecar goes away while it runs.
+    #[serde(default)]
+    pub on_restart: OnRestart,
     /// The caller's own JSON, handed back unread.
     pub metadata: Option<Value>,
 }

@@ -10,7 +10,7 @@ use super::cgroup;
 use super::confine::{self, Confined, Gate};
 use super::protocol::{self, Command, Policy, Report};
 use super::watch::{Io, Watcher, reaped_cpu_seconds};
-use super::{Exit, Signal, terminal, tree};
+use super::{Exit, Signal, roll, terminal, tree};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::libc;
@@ -47,7 +47,7 @@ pub fn run() -> ExitCode {
     };
     let io_before = Io::own();
     match start(&policy) {
-        Ok(Started { main, children, confined, gate }) => {
+        Ok(Started { main, children, confined, gate, roll: _roll }) => {
             if let Some(confined) = confined {
                 control.report(&Report::Confined(confined));
             }
@@ -83,6 +83,8 @@ struct Started {
     children: SignalFd,
     confined: Option<Confined>,
     gate: Option<Gate>,
+    /// Held until the jail ends.
+    roll: Option<fs::File>,
 }
 
 fn step<T, E: Display>(step: &'static str, result: Result<T, E>) -> Result<T, Failed> {
@@ -94,6 +96,7 @@ fn step<T, E: Display>(step: &'static str, result: Result<T, E>) -> Result<T, Fa
 fn start(policy: &Policy) -> Result<Started, Failed> {
     // Whatever leaked into this process by inheritance. All that is opened from here on is closed at exec.
     step("descriptors", close_inherited())?;
+    let roll = policy.roll().map(|path| step("roll", roll::join(&path, io::stdin().as_fd()))).transpose()?;
     // A session of its own: no terminal's Ctrl-C or hang-up reaches it, and what it leaves behind can be told from
     // the sidecar's own children (see `orphans`).
     step("session", unistd::setsid())?;
@@ -142,7 +145,7 @@ fn start(policy: &Policy) -> Result<Started, Failed> {
         mask.add(blocked);
     }
     let _ = mask.thread_block();
-    Ok(Started { main, children, confined, gate })
+    Ok(Started { main, children, confined, gate, roll })
 }
 
 fn execute(policy: &Policy) -> Result<(Pid, Option<Confined>, Option<Gate>), Failed> {

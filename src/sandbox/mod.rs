@@ -27,6 +27,7 @@ mod orphans;
 mod process;
 mod protocol;
 mod resources;
+mod roll;
 pub mod tap;
 mod terminal;
 mod tree;
@@ -36,6 +37,7 @@ mod watch;
 pub use disk::{Added, Disk, DiskSpec};
 pub use process::{FreezeError, Process, ProcessHandle};
 pub use resources::{Foreseen, KillMeans, Limits, Mechanism, Probe, Resource, ResourceEvents, Resources, Usage};
+pub use roll::wait_for_earlier_jails;
 pub use terminal::{Terminal, TerminalSize};
 pub use tree::Stat;
 
@@ -47,7 +49,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -63,6 +65,7 @@ pub struct Sandbox {
     tasks: Tasks,
     live: Arc<AtomicUsize>,
     resources: Resources,
+    roll: Option<Arc<Path>>,
 }
 
 /// How often a program's limits are looked at where nothing else was asked for.
@@ -77,12 +80,18 @@ impl Sandbox {
     pub fn new(executable: PathBuf, tasks: Tasks) -> io::Result<Self> {
         prctl::set_child_subreaper(true)?;
         let resources = Resources::watched(LOOK_EVERY);
-        Ok(Self { executable: Arc::new(executable), tasks, live: Arc::default(), resources })
+        Ok(Self { executable: Arc::new(executable), tasks, live: Arc::default(), resources, roll: None })
     }
 
     /// The same, with these to hold [`Spec::limits`]; without, they are watched.
     pub fn with_resources(mut self, resources: Resources) -> Self {
         self.resources = resources;
+        self
+    }
+
+    /// The same, with a file on which each jail holds a lock for as long as it lives: see [`wait_for_earlier_jails`].
+    pub fn with_roll(mut self, path: &Path) -> Self {
+        self.roll = Some(path.into());
         self
     }
 

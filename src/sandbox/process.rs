@@ -155,6 +155,9 @@ fn spawn(sandbox: &Sandbox, spec: Spec, group: Option<Membership>) -> io::Result
     policy.beside = matches!(group, Some(Membership::Beside(_)));
     // What runs in another program's group is in that one's account.
     policy.watch = spec.limits.filter(|_| !policy.beside).and_then(|limits| sandbox.resources.watch(&limits));
+    if let Some(roll) = &sandbox.roll {
+        policy.set_roll(roll);
+    }
     let watched = policy.watch.is_some();
     let policy = protocol::line(&policy)?;
     let own = group.as_ref().and_then(Membership::own);

@@ -8,7 +8,7 @@ use super::{Exit, Signal, Spec};
 use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// What the jail is to enforce and start: the first line it reads.
 #[derive(Serialize, Deserialize)]
@@ -30,6 +30,8 @@ pub(super) struct Policy {
     /// The jail's standard output is a terminal, which the program gets.
     pub(super) terminal: bool,
     pub(super) watch: Option<Watch>,
+    /// Where the jail says that it lives (see `roll`).
+    roll: Option<Text>,
 }
 
 impl Policy {
@@ -49,7 +51,16 @@ impl Policy {
             beside: false,
             terminal: spec.terminal.is_some(),
             watch: None,
+            roll: None,
         }
+    }
+
+    pub(super) fn set_roll(&mut self, path: &Path) {
+        self.roll = Some(Text::of(path.as_os_str()));
+    }
+
+    pub(super) fn roll(&self) -> Option<PathBuf> {
+        self.roll.as_ref().map(|path| path.to_os().into())
     }
 
     pub(super) fn program(&self) -> PathBuf {

@@ -279,7 +279,7 @@ pub(super) fn without_script(prompt: &str) -> String {
 pub(super) struct Conversation {
     pub(super) model: String,
     pub(super) stream: bool,
-    /// The last prompt of the user's.
+    /// The last prompt of the user's that has a script: one without goes on with that. Without any, the last one.
     pub(super) prompt: String,
     /// How many answers followed it.
     pub(super) answers: usize,
@@ -294,7 +294,8 @@ impl Conversation {
         let messages = body.get("messages").and_then(Value::as_array).unwrap_or(&empty);
         // Anthropic sends tool results as a user's message; those are no prompt.
         let is_prompt = |m: &Value| m["role"] == "user" && !text_of(&m["content"], false).is_empty();
-        let at = messages.iter().rposition(is_prompt);
+        let has_script = |m: &Value| is_prompt(m) && text_of(&m["content"], false).contains(OPEN);
+        let at = messages.iter().rposition(has_script).or_else(|| messages.iter().rposition(is_prompt));
         Self {
             model: body.get("model").and_then(Value::as_str).unwrap_or_default().to_owned(),
             stream: body.get("stream").and_then(Value::as_bool).unwrap_or(false),
@@ -364,6 +365,15 @@ mod tests {
         let conversation = Conversation::read(body.as_object().unwrap());
         assert_eq!((conversation.prompt.as_str(), conversation.answers), ("second", 1));
         assert_eq!(conversation.last, "42");
+    }
+
+    #[test]
+    fn a_prompt_without_a_script_goes_on_with_the_one_before() {
+        let prompt = Script::new().text("one").text("two").to_prompt("x");
+        let body = json!({"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": "one"},
+            {"role": "user", "content": "go on"}]});
+        let conversation = Conversation::read(body.as_object().unwrap());
+        assert_eq!((conversation.prompt, conversation.answers), (prompt, 1));
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Opens keys that the backend stored encrypted: AES-256-GCM, without additional data.
+//! Opens keys that the backend stored encrypted (AES-256-GCM, without additional data), and seals what the sidecar itself
+//! has to keep: the same with a key of its own, each value bound to what it belongs to.
 //!
 //! `ring` does the cryptography. It is in this binary already, under all TLS, so nothing new has to be trusted; the
 //! `aes-gcm` crate would bring eight more for the same. What it adds, that the cipher's expanded key is wiped, is of no
@@ -7,8 +8,13 @@
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
+use ring::rand::{SecureRandom, SystemRandom};
 use secrecy::zeroize::Zeroizing;
 use secrecy::{ExposeSecret, SecretBox, SecretString};
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::sync::Arc;
 
 const KEY_LEN: usize = 32;
@@ -31,13 +37,83 @@ impl SealingKey {
         Some(Self(Arc::new(SecretBox::new(key))))
     }
 
-    fn open(&self, nonce: [u8; NONCE_LEN], sealed: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
+    fn open(&self, nonce: [u8; NONCE_LEN], sealed: &[u8], belongs_to: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
         let key = LessSafeKey::new(UnboundKey::new(&AES_256_GCM, self.0.expose_secret()).ok()?);
         let mut text = Zeroizing::new(sealed.to_vec());
-        let length = key.open_in_place(Nonce::assume_unique_for_key(nonce), Aad::empty(), &mut text).ok()?.len();
+        let nonce = Nonce::assume_unique_for_key(nonce);
+        let length = key.open_in_place(nonce, Aad::from(belongs_to), &mut text).ok()?.len();
         text.truncate(length);
         Some(text)
     }
+
+    /// The key in a file of the sidecar's own, which is made where there is none: 32 random bytes, for this user alone.
+    ///
+    /// # Errors
+    /// It cannot be read or made; `InvalidData` where the file holds something else.
+    pub fn of_file(path: &Path) -> io::Result<Self> {
+        let bytes = match fs::read(path) {
+            Ok(bytes) => Zeroizing::new(bytes),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::make(path)?,
+            Err(error) => return Err(error),
+        };
+        let mut key = Box::new([0; KEY_LEN]);
+        if bytes.len() != KEY_LEN {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "it does not hold a key of 32 bytes"));
+        }
+        key.copy_from_slice(&bytes);
+        Ok(Self(Arc::new(SecretBox::new(key))))
+    }
+
+    fn make(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
+        let mut bytes = Zeroizing::new(vec![0; KEY_LEN]);
+        SystemRandom::new().fill(&mut bytes).map_err(|_| io::Error::other("no random bytes"))?;
+        // Whole or not at all: half a key would open nothing of what another half had sealed.
+        let new = path.with_extension("new");
+        let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        file.write_all(&bytes)?;
+        file.sync_all()?;
+        fs::rename(new, path)?;
+        path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())?;
+        Ok(bytes)
+    }
+
+    /// Seals a text so that it opens only together with what it belongs to. The base64 of
+    /// `nonce(12) ‖ ciphertext ‖ tag(16)`; the nonce is random, which is safe for 2³² values under one key.
+    ///
+    /// # Errors
+    /// No random bytes.
+    pub fn seal(&self, text: &SecretString, belongs_to: &[u8]) -> io::Result<String> {
+        let failed = |_| io::Error::other("it could not be sealed");
+        let mut nonce = [0; NONCE_LEN];
+        SystemRandom::new().fill(&mut nonce).map_err(failed)?;
+        let key = LessSafeKey::new(UnboundKey::new(&AES_256_GCM, self.0.expose_secret()).map_err(failed)?);
+        let mut bytes = Zeroizing::new(text.expose_secret().as_bytes().to_vec());
+        let tag = key
+            .seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), Aad::from(belongs_to), &mut bytes)
+            .map_err(failed)?;
+        Ok(STANDARD.encode([&nonce[..], &bytes, tag.as_ref()].concat()))
+    }
+
+    /// Opens what was sealed for the same.
+    ///
+    /// # Errors
+    /// [`OpenError`]
+    pub fn unseal(&self, sealed: &str, belongs_to: &[u8]) -> Result<SecretString, OpenError> {
+        open(sealed, |nonce, rest| self.open(nonce, rest, belongs_to))
+    }
+}
+
+fn open(
+    sealed: &str,
+    with: impl FnOnce([u8; NONCE_LEN], &[u8]) -> Option<Zeroizing<Vec<u8>>>,
+) -> Result<SecretString, OpenError> {
+    let bytes = STANDARD.decode(sealed).map_err(|_| OpenError::Base64)?;
+    let (nonce, rest) = bytes.split_first_chunk().ok_or(OpenError::Short)?;
+    if bytes.len() < SHORTEST {
+        return Err(OpenError::Short);
+    }
+    let text = with(*nonce, rest).ok_or(OpenError::Unopened)?;
+    std::str::from_utf8(&text).map(SecretString::from).map_err(|_| OpenError::NoText)
 }
 
 /// What opens sealed values: the key that they are sealed under now, and the one before it. Cheap to clone.
@@ -67,14 +143,10 @@ impl Keyring {
     /// # Errors
     /// [`OpenError`]
     pub fn open(&self, sealed: &SecretString) -> Result<SecretString, OpenError> {
-        let bytes = STANDARD.decode(sealed.expose_secret()).map_err(|_| OpenError::Base64)?;
-        let (nonce, rest) = bytes.split_first_chunk().ok_or(OpenError::Short)?;
-        if bytes.len() < SHORTEST {
-            return Err(OpenError::Short);
-        }
-        let keys = std::iter::once(&self.current).chain(&self.previous);
-        let text = keys.into_iter().find_map(|key| key.open(*nonce, rest)).ok_or(OpenError::Unopened)?;
-        std::str::from_utf8(&text).map(SecretString::from).map_err(|_| OpenError::NoText)
+        open(sealed.expose_secret(), |nonce, rest| {
+            let mut keys = std::iter::once(&self.current).chain(&self.previous);
+            keys.find_map(|key| key.open(nonce, rest, &[]))
+        })
     }
 }
 
@@ -150,5 +222,26 @@ mod tests {
         }
         let shown = format!("{:?}", keyring(Some(OLD)));
         assert_eq!(shown.matches("REDACTED").count(), 2, "{shown}");
+    }
+
+    #[test]
+    fn what_is_sealed_here_opens_with_the_same_key_for_the_same_thing_only() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("sealing.key");
+        let key = SealingKey::of_file(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let text = SecretString::from("sk-of-a-task-that-waits");
+        let (one, two) = (key.seal(&text, b"a").unwrap(), key.seal(&text, b"a").unwrap());
+        assert_ne!(one, two, "a nonce of its own for each");
+        let again = SealingKey::of_file(&path).unwrap();
+        for sealed in [one, two] {
+            assert_eq!(again.unseal(&sealed, b"a").unwrap().expose_secret(), text.expose_secret());
+            assert!(matches!(again.unseal(&sealed, b"b"), Err(OpenError::Unopened)));
+        }
+        let other = SealingKey::of_file(&directory.path().join("other")).unwrap();
+        assert!(matches!(other.unseal(&key.seal(&text, b"a").unwrap(), b"a"), Err(OpenError::Unopened)));
+        fs::write(&path, "short").unwrap();
+        assert_eq!(SealingKey::of_file(&path).unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 }

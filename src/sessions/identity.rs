@@ -36,6 +36,17 @@ impl Identities {
         drop(free);
         Some(Identity { uid, free: Arc::clone(&self.free) })
     }
+
+    /// One that an earlier life gave out and that its directories still have; `None` where it is not one of these, or in
+    /// use.
+    pub(super) fn take_back(&self, uid: u32, busy: impl FnOnce() -> BTreeSet<u32>) -> Option<Identity> {
+        let busy = busy();
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = free.iter().position(|free| *free == uid && !busy.contains(free))?;
+        free.remove(at)?;
+        drop(free);
+        Some(Identity { uid, free: Arc::clone(&self.free) })
+    }
 }
 
 impl Identity {

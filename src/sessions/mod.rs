@@ -26,12 +26,14 @@ pub use session::{Ended, Parked, Session, SessionError, Wanted};
 pub use terminal::{MAX_TERMINALS, Terminal, TerminalError, Terminals};
 
 use crate::broker::Broker;
+use crate::model::SessionId;
 use crate::opencode::launch::Ports;
 use crate::sandbox::Sandbox;
 use crate::sandbox::confine::{Namespace, Protection};
 use crate::tasks::Tasks;
 use crate::telemetry::Metrics;
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::ops::RangeInclusive;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -117,7 +119,7 @@ struct Shared {
 }
 
 impl Sessions {
-    /// Removes what an earlier life left of its sessions, and begins to fill the warm pool (with `warm_for`, where
+    /// Removes what an earlier life left of its sessions but for those in `keep`, and begins to fill the warm pool (with `warm_for`, where
     /// there is a default model).
     pub fn start(
         settings: Settings,
@@ -127,8 +129,9 @@ impl Sessions {
         tasks: Tasks,
         metrics: Metrics,
         warm_for: Option<Wanted>,
+        keep: &BTreeSet<SessionId>,
     ) -> Self {
-        if let Err(error) = begin_anew(&settings.directory) {
+        if let Err(error) = begin_anew(&settings.directory, keep) {
             tracing::warn!(%error, "directories of earlier sessions could not be removed");
         }
         let identities = settings.users.clone().map(identity::Identities::new);
@@ -197,6 +200,11 @@ impl Sessions {
         Ok(session)
     }
 
+    /// What an earlier life of the sidecar left of a session, to be taken up again; `None` where that is gone.
+    pub fn left(&self, id: SessionId, conversation: &str) -> Option<Parked> {
+        Parked::of_earlier(&self.shared, id, conversation)
+    }
+
     /// Takes a session that has rested for its next task.
     pub fn awaken(&self, session: &mut Session, wanted: &Wanted) {
         session.claim(wanted);
@@ -221,10 +229,24 @@ impl Sessions {
     }
 }
 
-/// Makes the directory that those of the sessions are in, without any of an earlier life. Each session passes through it
-/// to its own, and cannot see the others.
-fn begin_anew(directory: &Path) -> std::io::Result<()> {
-    private::remove(directory)?;
-    std::fs::create_dir(directory)?;
+/// Makes the directory that those of the sessions are in, without any of an earlier life but those to keep. Each session
+/// passes through it to its own, and cannot see the others.
+fn begin_anew(directory: &Path, keep: &BTreeSet<SessionId>) -> std::io::Result<()> {
+    match std::fs::create_dir(directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let keep: BTreeSet<_> = keep.iter().map(|id| OsString::from(id.to_string())).collect();
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        if keep.contains(&entry.file_name()) {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            private::remove(&entry.path())?;
+        } else {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
     std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o711))
 }

@@ -9,6 +9,7 @@ use super::shell::Shells;
 use crate::broker::{Exhausted, Facts, Outcome, Report, ShellCall};
 use crate::events::Writer;
 use crate::model::event::{EventType, NewEvent, Severity};
+use crate::model::request::OnRestart;
 use crate::model::{Reason, Task, Usage};
 use crate::opencode::client::{Client, ClientError, EventStream, Prompt};
 use crate::opencode::outcome::{Evidence, Failure, ModelEvidence, Verdict, decide, decide_at_last};
@@ -69,6 +70,9 @@ pub struct Ending {
 pub struct Run<'a> {
     pub task: &'a Task,
     pub title: &'a str,
+    /// What the agent is told instead of the task where it has got that already: in an earlier life of the sidecar, which
+    /// the session's conversation is of.
+    pub again: Option<&'a str>,
     pub writer: &'a Writer,
     pub observer: &'a dyn Observer,
     /// Told when somebody wants the end; the run stops at once and the reason is theirs.
@@ -128,7 +132,14 @@ impl Run<'_> {
             None => session.client.create_session(self.title).await.map_err(unresponsive)?,
         };
         let before = last_message(&session.client, &conversation).await.map_err(unresponsive)?.map(|info| info.id);
-        let text = self.task.prompt_text();
+        let text = match (self.again, &before) {
+            (Some(again), Some(_)) => again.to_owned(),
+            _ => self.task.prompt_text(),
+        };
+        if self.task.on_restart == OnRestart::Resume {
+            // Before the prompt: without it a later life would take the task for one that was never begun.
+            self.writer.keep_conversation(&conversation).await;
+        }
         let prompt =
             Prompt { text: &text, agent: self.task.agent.as_deref(), system: self.task.system_prompt.as_deref() };
         session.client.prompt(&conversation, &prompt).await.map_err(unresponsive)?;

@@ -33,11 +33,11 @@ const PRIME: Duration = Duration::from_secs(60);
 /// How long it may take to open to the group what a task has made.
 const SHARE: Duration = Duration::from_secs(2);
 
-/// What a session is to be like.
 /// How many of its processes and threads a session keeps for OpenCode where its commands want them all; half of them
 /// where that is less. OpenCode 1.18.33 has about 25 threads on two CPUs, and some more for each further one.
 const KEPT_PIDS: u64 = 100;
 
+/// What a session is to be like.
 #[derive(Clone, Debug)]
 pub struct Wanted {
     pub id: SessionId,
@@ -133,6 +133,12 @@ pub struct Parked {
 }
 
 impl Parked {
+    /// What an earlier life of the sidecar left of a session with this conversation; `None` where that is gone.
+    pub(super) fn of_earlier(shared: &Shared, id: SessionId, conversation: &str) -> Option<Self> {
+        let place = Arc::new(Place::of_earlier(shared, id)?);
+        Some(Self { place, conversation: Some(conversation.to_owned()) })
+    }
+
     /// Removes it for good.
     pub fn discard(self) {
         self.place.remove();
@@ -175,6 +181,21 @@ impl Place {
             return Err(failed(error));
         }
         Ok(place)
+    }
+
+    /// The directories that a session of an earlier life left; `None` where there are none, or their user is not to be had.
+    fn of_earlier(shared: &Shared, id: SessionId) -> Option<Self> {
+        let directories = Directories::new(shared.settings.directory.join(id.to_string()));
+        let found = std::fs::symlink_metadata(directories.root()).ok().filter(std::fs::Metadata::is_dir)?;
+        let (identity, user) = match &shared.identities {
+            Some(identities) => {
+                let identity = identities.take_back(found.uid(), || shared.sandbox.users())?;
+                let user = identity.user(found.gid());
+                (Some(identity), Some(user))
+            }
+            None => (None, None),
+        };
+        Some(Self { directories, identity: Mutex::new(identity), user, haunted: AtomicBool::new(false) })
     }
 
     /// Removes the directories, and gives the user back if nothing of it is left.

@@ -48,7 +48,7 @@ impl News {
     pub(super) async fn before(connection: &mut PgConnection, writes: &[Write]) -> Result<Self, StoreError> {
         let record = |write: &Write| match write {
             Write::Submit(record) | Write::Change { record, .. } => record.ordinal.map(|_| record.session_id.0),
-            Write::Session(_) | Write::Event { .. } | Write::Progress(_) | Write::Delete { .. } => None,
+            _ => None,
         };
         let sessions: Vec<Uuid> = writes.iter().filter_map(record).collect();
         let mut news = Self::default();

@@ -11,6 +11,7 @@ use std::ops::DerefMut;
 use std::str::FromStr;
 use std::time::Duration;
 use tokio::sync::watch;
+use uuid::Uuid;
 
 /// How long an operation waits for a connection, one being made included.
 const ACQUIRE_LIMIT: Duration = Duration::from_secs(3);
@@ -71,6 +72,10 @@ pub struct Store {
     pub(super) callbacks_written: watch::Sender<u64>,
     /// Whether it did not answer at the last look.
     away: watch::Sender<bool>,
+    /// Which sidecar writes here, where that is known.
+    pub(super) owner: Option<Uuid>,
+    /// Why its schema is not what this version needs yet; `None` where it is, or somebody else sees to that.
+    unready: watch::Sender<Option<String>>,
 }
 
 impl fmt::Debug for Store {
@@ -107,7 +112,22 @@ impl Store {
             callbacks: false,
             callbacks_written: watch::Sender::new(0),
             away: watch::Sender::new(false),
+            owner: None,
+            unready: watch::Sender::new(None),
         })
+    }
+
+    /// Leaves the migrations to [`Store::watch`]: for a start while the server is away. Until they are done every call is
+    /// [`StoreError::Unavailable`].
+    pub fn migrate_later(&self) {
+        self.unready.send_replace(Some("the database was not there at the start".to_owned()));
+        self.set_away(true);
+    }
+
+    /// Waits until it can be used for the first time.
+    pub async fn ready(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.unready.subscribe().wait_for(Option::is_none).await;
     }
 
     /// Keeps each change of status of a caller's session for the backend, until [`Store::callback_taken`]. Off at first:
@@ -116,6 +136,19 @@ impl Store {
     pub fn with_callbacks(mut self) -> Self {
         self.callbacks = true;
         self
+    }
+
+    /// Writes as this sidecar: of executions that were taken over from it no status is taken.
+    #[must_use]
+    pub fn as_owner(mut self, owner: Uuid) -> Self {
+        self.owner = Some(owner);
+        self
+    }
+
+    pub(super) fn callbacks_are_written(&self, count: u64) {
+        if count > 0 {
+            self.callbacks_written.send_modify(|written| *written += count);
+        }
     }
 
     /// Grows when a change for the backend is committed through this store or a clone of it. A commit whose outcome was
@@ -136,13 +169,36 @@ impl Store {
     }
 
     /// Looks now and then whether it answers, until this is dropped. While it does not, whoever wants to read from it
-    /// is refused at once and does not wait for a server that says nothing.
+    /// is refused at once and does not wait for a server that says nothing. Catches up on migrations too
+    /// ([`Store::migrate_later`]).
     pub async fn watch(&self) {
         loop {
-            if !matches!(tokio::time::timeout(LOOK_LIMIT, self.ping()).await, Ok(Ok(()))) {
+            if self.unready.borrow().is_some() {
+                self.catch_up().await;
+            } else if !matches!(tokio::time::timeout(LOOK_LIMIT, self.ping()).await, Ok(Ok(()))) {
                 self.set_away(true);
             }
             tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    async fn catch_up(&self) {
+        match self.migrate().await {
+            Ok(()) => {
+                tracing::info!("the database is there now");
+                self.unready.send_replace(None);
+                self.set_away(false);
+            }
+            Err(error) => {
+                let why = format!("the database could not be used yet: {error}");
+                // Said once, and again when it is another reason.
+                if self.unready.send_replace(Some(why.clone())) != Some(why) {
+                    tracing::error!(
+                        error = &error as &dyn std::error::Error,
+                        "the database cannot be used yet; the journal bridges it"
+                    );
+                }
+            }
         }
     }
 
@@ -161,7 +217,7 @@ impl Store {
         &self,
         work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        if *self.away.borrow() {
+        if *self.away.borrow() && self.unready.borrow().is_none() {
             return Err(StoreError::Unavailable(Cause::Away));
         }
         self.insist(work).await
@@ -172,6 +228,9 @@ impl Store {
         &self,
         work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
+        if let Some(why) = &*self.unready.borrow() {
+            return Err(StoreError::Unavailable(Cause::Unready(why.clone())));
+        }
         let mut lease = Lease { connection: self.pool.acquire().await?, answered: false };
         match tokio::time::timeout(OPERATION_LIMIT, work(lease.connection.deref_mut())).await {
             Ok(done) => {

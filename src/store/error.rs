@@ -43,6 +43,8 @@ pub enum Cause {
     Timeout(u64),
     #[error("it did not answer a moment ago")]
     Away,
+    #[error("{0}")]
+    Unready(String),
 }
 
 impl StoreError {

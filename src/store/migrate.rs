@@ -41,7 +41,8 @@ impl Store {
         }
         let mut migrations = sqlx::migrate!("./migrations");
         migrations.set_locking(false); // the lock above does, and covers the schema too
-        migrations.run(&mut connection).await?;
+        // Not `run`, which is the same: a future of that may not go to another thread, as far as the compiler can tell.
+        migrations.run_direct(None, &mut connection, false).await?;
         connection.close().await?;
         Ok(())
     }

@@ -1,13 +1,13 @@
 //! Reading: one execution, the history, pages of a log, what an earlier life left unfinished.
 
-use super::row::{EventRow, ExecutionRow, bigint, idempotency_of};
+use super::row::{EventRow, ExecutionRow, bigint, idempotency_of, text};
 use super::{Store, StoreError};
 use crate::model::{
-    Event, EventType, ExecutionId, ExecutionRecord, Idempotency, SessionId, Severity, Status, Submitted, TaskId,
+    Event, EventType, ExecutionId, ExecutionRecord, Fingerprint, Idempotency, IdempotencyKey, SessionId, Severity,
+    Status, Submitted, TaskId,
 };
 use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
-use uuid::Uuid;
 
 /// Which executions of a project are asked for; an absent field asks for all.
 #[derive(Clone, Debug, Default)]
@@ -58,7 +58,7 @@ impl Store {
             ExecutionRow,
             r#"SELECT id, project_id, owner, session_id, ordinal, status, reason, progress, last_seq, task::text AS "task!",
                       protections, final_message, error, files_modified, usage::text AS "usage!",
-                      created_at, started_at, completed_at, paused_ms, epoch,
+                      created_at, started_at, completed_at, paused_ms, epoch, generation,
                       idempotency_caller, idempotency_key, fingerprint
                FROM executions WHERE project_id = $1 AND id = $2"#,
             project,
@@ -83,7 +83,7 @@ impl Store {
             ExecutionRow,
             r#"SELECT id, project_id, owner, session_id, ordinal, status, reason, progress, last_seq, task::text AS "task!",
                       protections, final_message, error, files_modified, usage::text AS "usage!",
-                      created_at, started_at, completed_at, paused_ms, epoch,
+                      created_at, started_at, completed_at, paused_ms, epoch, generation,
                       idempotency_caller, idempotency_key, fingerprint
                FROM executions
                WHERE project_id = $1
@@ -137,22 +137,39 @@ impl Store {
         rows.into_iter().map(Event::try_from).collect()
     }
 
-    /// Every execution of this sidecar that has no final status, oldest first: what an earlier life left behind.
+    /// What the project has under a caller's key since a time, with its fingerprint: the newest of it; `None` for nothing.
     ///
     /// # Errors
     /// [`StoreError`]; `Corrupt` where a row cannot be read.
-    pub async fn unfinished(&self, owner: Uuid) -> Result<Vec<ExecutionRecord>, StoreError> {
-        let query = sqlx::query_as!(
-            ExecutionRow,
-            r#"SELECT id, project_id, owner, session_id, ordinal, status, reason, progress, last_seq, task::text AS "task!",
-                      protections, final_message, error, files_modified, usage::text AS "usage!",
-                      created_at, started_at, completed_at, paused_ms, epoch,
-                      idempotency_caller, idempotency_key, fingerprint
-               FROM executions WHERE owner = $1 AND completed_at IS NULL ORDER BY created_at, id"#,
-            owner
+    pub async fn submitted_under(
+        &self,
+        project: &str,
+        caller: &str,
+        key: &IdempotencyKey,
+        since: DateTime<Utc>,
+    ) -> Result<Option<(Fingerprint, Submitted)>, StoreError> {
+        let query = sqlx::query!(
+            r#"SELECT id, task_id, session_id, created_at, fingerprint AS "fingerprint!"
+               FROM executions
+               WHERE project_id = $1 AND idempotency_caller = $2 AND idempotency_key = $3 AND created_at > $4
+               ORDER BY created_at DESC LIMIT 1"#,
+            project,
+            &*text(caller),
+            key.as_str(),
+            since
         );
-        let rows = self.run(async |connection: &mut PgConnection| Ok(query.fetch_all(connection).await?)).await?;
-        rows.into_iter().map(ExecutionRecord::try_from).collect()
+        let row = self.run(async |connection: &mut PgConnection| Ok(query.fetch_optional(connection).await?)).await?;
+        row.map(|row| {
+            let corrupt = |_| StoreError::Corrupt(format!("execution {}, column fingerprint", row.id));
+            let submitted = Submitted {
+                id: ExecutionId(row.id),
+                task_id: TaskId(row.task_id),
+                session_id: SessionId(row.session_id),
+                created_at: row.created_at,
+            };
+            Ok((Fingerprint(row.fingerprint.try_into().map_err(corrupt)?), submitted))
+        })
+        .transpose()
     }
 
     /// The executions of the project that were submitted with a key after `since`, newest first, at most `limit`.

@@ -36,6 +36,7 @@ pub(super) struct ExecutionRow {
     pub(super) idempotency_key: Option<String>,
     pub(super) fingerprint: Option<Vec<u8>>,
     pub(super) epoch: i32,
+    pub(super) generation: i32,
 }
 
 impl TryFrom<ExecutionRow> for ExecutionRecord {
@@ -63,6 +64,7 @@ impl TryFrom<ExecutionRow> for ExecutionRecord {
             completed_at: row.completed_at,
             paused_ms: u64::try_from(row.paused_ms).map_err(|_| corrupt("paused_ms"))?,
             epoch: ordinal_of(row.epoch).ok_or_else(|| corrupt("epoch"))?,
+            generation: ordinal_of(row.generation).ok_or_else(|| corrupt("generation"))?,
             protections: row.protections,
             final_message: row.final_message,
             error: row.error,

@@ -111,7 +111,7 @@ impl Store {
             r#"SELECT DISTINCT ON (session_id)
                       id, project_id, owner, session_id, ordinal, status, reason, progress, last_seq,
                       task::text AS "task!", protections, final_message, error, files_modified,
-                      usage::text AS "usage!", created_at, started_at, completed_at, paused_ms, epoch,
+                      usage::text AS "usage!", created_at, started_at, completed_at, paused_ms, epoch, generation,
                       idempotency_caller, idempotency_key, fingerprint
                FROM executions
                WHERE project_id = $1 AND session_id = ANY($2) AND ordinal IS NOT NULL
@@ -153,7 +153,7 @@ impl Store {
             ExecutionRow,
             r#"SELECT id, project_id, owner, session_id, ordinal, status, reason, progress, last_seq,
                       task::text AS "task!", protections, final_message, error, files_modified,
-                      usage::text AS "usage!", created_at, started_at, completed_at, paused_ms, epoch,
+                      usage::text AS "usage!", created_at, started_at, completed_at, paused_ms, epoch, generation,
                       idempotency_caller, idempotency_key, fingerprint
                FROM executions WHERE project_id = $1 AND session_id = $2 AND ordinal = $3"#,
             project,

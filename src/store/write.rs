@@ -5,7 +5,7 @@
 //! meantime, changes nothing, and a status is replaced only where it is the expected one.
 
 use super::row::{bigint, integer, text, texts};
-use super::{Store, StoreError, callbacks, sessions};
+use super::{Store, StoreError, callbacks, lease, sessions};
 use crate::model::{Event, ExecutionId, ExecutionRecord, SessionRecord, Status};
 use serde::{Deserialize, Serialize};
 use sqlx::{Connection, PgConnection};
@@ -27,17 +27,32 @@ pub enum Write {
     Session(Box<SessionRecord>),
     /// An execution of the project is removed with its log.
     Delete { project: String, execution: ExecutionId },
+    /// What this sidecar alone has to know; the database never gets it.
+    Local { execution: ExecutionId, fact: Fact },
+    /// The keys that the database has are known; it never gets this either.
+    KeysKnown,
     /// `progress`, `usage`, `files_modified` and `last_seq` of an execution that goes on. A final row is left as it is.
     Progress(Box<ExecutionRecord>),
 }
 
+/// What is kept of an execution on the local disk and nowhere else, for as long as it has no end.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Fact {
+    /// The key of its model, sealed under the sidecar's own.
+    Credentials(String),
+    /// OpenCode's id of the conversation that it is about to be prompted in.
+    Conversation(String),
+}
+
 impl Write {
-    /// The execution that it belongs to; `None` for a session.
+    /// The execution that it belongs to; `None` for what belongs to none.
     pub fn execution(&self) -> Option<ExecutionId> {
         match self {
             Self::Submit(record) | Self::Progress(record) | Self::Change { record, .. } => Some(record.id),
-            Self::Event { execution, .. } | Self::Delete { execution, .. } => Some(*execution),
-            Self::Session(_) => None,
+            Self::Event { execution, .. } | Self::Delete { execution, .. } | Self::Local { execution, .. } => {
+                Some(*execution)
+            }
+            Self::Session(_) | Self::KeysKnown => None,
         }
     }
 }
@@ -73,13 +88,14 @@ impl<'a> Plan<'a> {
                     (record.id, record.last_seq)
                 }
                 Write::Event { execution, event } => (*execution, event.seq),
-                Write::Session(_) | Write::Delete { .. } => continue,
+                Write::Session(_) | Write::Delete { .. } | Write::Local { .. } | Write::KeysKnown => continue,
             };
             let plan: &mut Self =
                 plans.entry(id.0).or_insert_with(|| Self { chain: Vec::new(), record: None, last_seq: 0 });
             plan.last_seq = plan.last_seq.max(seq);
             match write {
-                Write::Submit(_) | Write::Event { .. } | Write::Session(_) | Write::Delete { .. } => {}
+                Write::Submit(_) | Write::Event { .. } => {}
+                Write::Session(_) | Write::Delete { .. } | Write::Local { .. } | Write::KeysKnown => {}
                 Write::Progress(record) => plan.record = Some(record),
                 Write::Change { expected, record } => {
                     match plan.chain.last() {
@@ -122,63 +138,100 @@ impl<'a> Plan<'a> {
 impl Store {
     /// Writes a batch in one transaction: submissions, then events, then the rows of executions, then deletions. May be repeated
     /// after a failure whose outcome is not known. Writes for an execution that does not exist (it was deleted) are
-    /// skipped. The caller bounds the batch: at most some 10,000 writes and 16 MiB.
+    /// skipped. Of one that was taken over from this sidecar only the events are taken, and the answer names it. The caller
+    /// bounds the batch: at most some 10,000 writes and 16 MiB.
     ///
     /// # Errors
     /// [`StoreError::Conflict`] where a row's status is neither the expected one nor one that the batch leads to;
     /// then, as with every error, nothing of the batch is kept (unless the connection broke during the commit).
-    pub async fn commit(&self, writes: &[Write]) -> Result<(), StoreError> {
+    pub async fn commit(&self, writes: &[Write]) -> Result<Committed, StoreError> {
         if writes.is_empty() {
-            return Ok(());
+            return Ok(Committed::default());
         }
-        let plans = Plan::of(writes)?;
         let work = self.insist(async |connection: &mut PgConnection| {
             let mut transaction = connection.begin().await?;
-            let tell =
-                if self.callbacks { Some(callbacks::News::before(&mut transaction, writes).await?) } else { None };
-            let mut news = Vec::new();
-            for write in writes {
-                news.push(match write {
-                    Write::Submit(record) => insert(&mut transaction, record).await?,
-                    Write::Session(record) => sessions::put(&mut transaction, record).await?,
-                    Write::Event { .. } | Write::Change { .. } | Write::Progress(_) | Write::Delete { .. } => false,
-                });
-            }
-            let rows = lock(&mut transaction, plans.keys().copied().collect()).await?;
-            insert_events(&mut transaction, writes, &rows).await?;
-            let (mut raises, mut replaced) = (Vec::new(), BTreeMap::new());
-            for (id, (found, last_seq)) in rows {
-                let Some(plan) = plans.get(&id) else { continue };
-                match (plan.action(id, found, last_seq)?, plan.record) {
-                    (Action::Replace(expected), Some(record)) => {
-                        replaced.insert(id, plan.place(expected));
-                        replace(&mut transaction, expected, record, plan.last_seq).await?;
-                    }
-                    (Action::Progress, Some(record)) => progress(&mut transaction, record, plan.last_seq).await?,
-                    _ => raises.push((id, plan.last_seq)),
-                }
-            }
-            raise(&mut transaction, raises).await?;
-            // Last: an execution is deleted after its end.
-            for write in writes {
-                if let Write::Delete { project, execution } = write {
-                    delete(&mut transaction, project, *execution).await?;
-                }
-            }
-            let told = match tell {
-                Some(tell) => tell.of(writes, &news, replaced).write(&mut transaction).await?,
-                None => 0,
-            };
+            let committed = write_batch(self, &mut transaction, writes).await?;
             transaction.commit().await?;
-            Ok(told)
+            Ok(committed)
         });
-        let told = work.await?;
+        let committed = work.await?;
         self.set_away(false);
-        if told > 0 {
-            self.callbacks_written.send_modify(|written| *written += told);
-        }
-        Ok(())
+        self.callbacks_are_written(committed.told);
+        Ok(committed)
     }
+}
+
+/// What became of a batch that was written.
+#[derive(Debug, Default)]
+pub struct Committed {
+    /// Executions that are another sidecar's now: of them no status was taken.
+    pub taken_over: Vec<ExecutionId>,
+    /// Changes that the backend is to be told of.
+    pub(super) told: u64,
+}
+
+/// Writes a batch within a transaction.
+pub(super) async fn write_batch(
+    store: &Store,
+    transaction: &mut PgConnection,
+    writes: &[Write],
+) -> Result<Committed, StoreError> {
+    let plans = Plan::of(writes)?;
+    let tell = if store.callbacks { Some(callbacks::News::before(transaction, writes).await?) } else { None };
+    let mut news = Vec::new();
+    for write in writes {
+        news.push(match write {
+            Write::Submit(record) => insert(transaction, record).await?,
+            Write::Session(record) => sessions::put(transaction, record).await?,
+            _ => false,
+        });
+    }
+    let mut rows = lock(transaction, plans.keys().copied().collect()).await?;
+    let mut committed = Committed::default();
+    for (id, row) in rows.extract_if(.., |id, row| is_lost(store, row, plans.get(id))) {
+        let id = ExecutionId(id);
+        tracing::warn!(execution = %id, owner = %row.owner, "an execution was taken over by another sidecar");
+        let late: Vec<&Event> = writes
+            .iter()
+            .filter_map(|write| match write {
+                Write::Event { execution, event } if *execution == id => Some(event),
+                _ => None,
+            })
+            .collect();
+        lease::insert_late(transaction, id, &late).await?;
+        committed.taken_over.push(id);
+    }
+    insert_events(transaction, writes, &rows).await?;
+    let (mut raises, mut replaced) = (Vec::new(), BTreeMap::new());
+    for (id, Row { status: found, last_seq, .. }) in rows {
+        let Some(plan) = plans.get(&id) else { continue };
+        match (plan.action(id, found, last_seq)?, plan.record) {
+            (Action::Replace(expected), Some(record)) => {
+                replaced.insert(id, plan.place(expected));
+                replace(transaction, expected, record, plan.last_seq).await?;
+            }
+            (Action::Progress, Some(record)) => progress(transaction, record, plan.last_seq).await?,
+            _ => raises.push((id, plan.last_seq)),
+        }
+    }
+    raise(transaction, raises).await?;
+    // Last: an execution is deleted after its end.
+    for write in writes {
+        if let Write::Delete { project, execution } = write {
+            delete(transaction, project, *execution).await?;
+        }
+    }
+    if let Some(tell) = tell {
+        committed.told = tell.of(writes, &news, replaced).write(transaction).await?;
+    }
+    Ok(committed)
+}
+
+/// Whether an execution is another sidecar's now, or a later life's of the same one.
+fn is_lost(store: &Store, row: &Row, plan: Option<&Plan<'_>>) -> bool {
+    let is_late =
+        |record: &ExecutionRecord| i32::try_from(record.generation.get()).unwrap_or(i32::MAX) < row.generation;
+    store.owner.is_some_and(|owner| owner != row.owner) || plan.and_then(|plan| plan.record).is_some_and(is_late)
 }
 
 async fn delete(connection: &mut PgConnection, project: &str, id: ExecutionId) -> Result<(), StoreError> {
@@ -199,9 +252,9 @@ async fn insert(connection: &mut PgConnection, record: &ExecutionRecord) -> Resu
         r#"INSERT INTO executions
              (id, project_id, owner, task_id, session_id, status, reason, progress, last_seq, task, protections,
               final_message, files_modified, usage, created_at, started_at, completed_at, paused_ms, ordinal, error,
-              idempotency_caller, idempotency_key, fingerprint, epoch)
+              idempotency_caller, idempotency_key, fingerprint, epoch, generation)
            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10::text::json, $11, $12, $13, $14::text::json, $15, $16, $17, $18,
-                   $19, $20, $21, $22, $23, $24)
+                   $19, $20, $21, $22, $23, $24, $25)
            ON CONFLICT DO NOTHING"#,
         record.id.0,
         &*text(&record.project_id),
@@ -226,26 +279,36 @@ async fn insert(connection: &mut PgConnection, record: &ExecutionRecord) -> Resu
         caller.as_deref(),
         idempotency.map(|of| of.key.as_str()),
         idempotency.map(|of| &of.fingerprint.0[..]),
-        integer(record.epoch)
+        integer(record.epoch),
+        integer(record.generation)
     )
     .execute(connection)
     .await?;
     Ok(done.rows_affected() > 0)
 }
 
-/// What a row shows: its status, and its last event.
-type Row = (Status, u64);
+/// What a row shows.
+#[derive(Debug)]
+struct Row {
+    status: Status,
+    last_seq: u64,
+    owner: Uuid,
+    generation: i32,
+}
 
 /// Locks the rows against deletion and other batches, in one order, and tells what each shows.
 async fn lock(connection: &mut PgConnection, ids: Vec<Uuid>) -> Result<BTreeMap<Uuid, Row>, StoreError> {
     let query = sqlx::query!(
-        "SELECT id, status, last_seq FROM executions WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE",
+        "SELECT id, status, last_seq, owner, generation FROM executions WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE",
         &ids
     );
     let rows = query.fetch_all(connection).await?;
     rows.into_iter()
         .map(|row| match Status::parse(&row.status) {
-            Some(status) => Ok((row.id, (status, u64::try_from(row.last_seq).unwrap_or(0)))),
+            Some(status) => {
+                let last_seq = u64::try_from(row.last_seq).unwrap_or(0);
+                Ok((row.id, Row { status, last_seq, owner: row.owner, generation: row.generation }))
+            }
             None => Err(StoreError::Corrupt(format!("execution {}, column status", row.id))),
         })
         .collect()
@@ -303,7 +366,7 @@ async fn replace(
         r#"UPDATE executions
            SET status = $3, reason = $4, progress = $5, last_seq = GREATEST(last_seq, $6), protections = $7,
                final_message = $8, files_modified = $9, usage = $10::text::json,
-               started_at = $11, completed_at = $12, paused_ms = $13, error = $14, epoch = $16,
+               started_at = $11, completed_at = $12, paused_ms = $13, error = $14, epoch = $16, generation = $17,
                -- A submission that was refused after all gives its key back.
                idempotency_caller = CASE WHEN $15 THEN idempotency_caller END,
                idempotency_key = CASE WHEN $15 THEN idempotency_key END,
@@ -324,7 +387,8 @@ async fn replace(
         bigint(record.paused_ms),
         error.as_deref(),
         record.idempotency.is_some(),
-        integer(record.epoch)
+        integer(record.epoch),
+        integer(record.generation)
     )
     .execute(connection)
     .await?;
@@ -334,13 +398,16 @@ async fn replace(
 async fn progress(connection: &mut PgConnection, record: &ExecutionRecord, last_seq: u64) -> Result<(), StoreError> {
     sqlx::query!(
         r#"UPDATE executions
-           SET progress = $2, last_seq = GREATEST(last_seq, $3), files_modified = $4, usage = $5::text::json
+           SET progress = $2, last_seq = GREATEST(last_seq, $3), files_modified = $4, usage = $5::text::json,
+               epoch = $6, generation = $7
            WHERE id = $1"#,
         record.id.0,
         record.progress.map(i16::from),
         bigint(last_seq),
         &texts(&record.files_modified),
-        json(&record.usage)?
+        json(&record.usage)?,
+        integer(record.epoch),
+        integer(record.generation)
     )
     .execute(connection)
     .await?;

@@ -6,9 +6,10 @@ use crate::support::postgres::fresh_database;
 use crate::support::proxy::Proxy;
 use crate::support::sidecar::soon;
 use chrono::Utc;
-use opencode_sidecar::events::{Events, LeftError, ReadQuery, ship_left};
+use opencode_sidecar::events::{Events, Inherited, ReadQuery};
 use opencode_sidecar::journal::Journal;
 use opencode_sidecar::model::event::{Event, EventType, NewEvent, Severity};
+use opencode_sidecar::model::request::OnRestart;
 use opencode_sidecar::model::task::{Limits, ModelChoice, Provider};
 use opencode_sidecar::model::{ExecutionId, ExecutionRecord, Reason, Status, Task, TaskId, Usage};
 use opencode_sidecar::store::Store;
@@ -41,6 +42,7 @@ fn record() -> ExecutionRecord {
         workdir: None,
         timeout_seconds: 1,
         limits,
+        on_restart: OnRestart::Fail,
         metadata: None,
     };
     ExecutionRecord::new("p", uuid::Uuid::now_v7(), task, Vec::new(), Utc::now())
@@ -58,13 +60,17 @@ async fn log() -> Log {
     let store = Store::connect(&fresh_database().await).await.unwrap();
     store.migrate().await.unwrap();
     let (tasks, directory) = (Tasks::new(), tempfile::tempdir().unwrap());
-    let events = start(directory.path(), &store, &tasks);
+    let events = start(directory.path(), &store, &tasks).await;
     Log { events, tasks, store, directory }
 }
 
-fn start(directory: &Path, store: &Store, tasks: &Tasks) -> Events {
+async fn start(directory: &Path, store: &Store, tasks: &Tasks) -> Events {
+    start_with(directory, 1 << 30, store, tasks).await.0
+}
+
+async fn start_with(directory: &Path, most: u64, store: &Store, tasks: &Tasks) -> (Events, Inherited) {
     let journal = Arc::new(Journal::open(directory).unwrap().0);
-    Events::start(journal, 1 << 30, store.clone(), "p".into(), Metrics::new().unwrap(), tasks)
+    Events::start(journal, most, store.clone(), "p".into(), Metrics::new().unwrap(), tasks).await.unwrap()
 }
 
 /// Follows a log as every stream does: by a number, waiting for the head to move.
@@ -180,7 +186,7 @@ async fn while_the_database_is_away_everything_goes_on_and_then_it_has_all() {
     let store = Store::connect(&options).await.unwrap();
     store.migrate().await.unwrap();
     let (tasks, directory) = (Tasks::new(), tempfile::tempdir().unwrap());
-    let events = start(directory.path(), &store, &tasks);
+    let events = start(directory.path(), &store, &tasks).await;
     let mut record = record();
     let id = record.id;
     let writer = events.open(record.clone());
@@ -246,7 +252,7 @@ async fn what_a_life_leaves_in_the_journal_the_next_one_ships() {
     let mut told = Vec::new();
     {
         let tasks = Tasks::new();
-        let events = start(directory.path(), &store, &tasks);
+        let events = start(directory.path(), &store, &tasks).await;
         let (one, other) = (events.open(stays.clone()), events.open(goes.clone()));
         one.append(NewEvent::status(Status::Pending, None, None)).await;
         let seq = other.append(NewEvent::status(Status::Pending, None, None)).await;
@@ -269,19 +275,23 @@ async fn what_a_life_leaves_in_the_journal_the_next_one_ships() {
         .await;
         tasks.stop(std::time::Duration::from_secs(10)).await.unwrap();
     }
+    // The database is still away: that is no reason not to start, and readers are served from the journal.
     let tasks = Tasks::new();
-    let journal = Arc::new(Journal::open(directory.path()).unwrap().0);
-    // The database is still away: nothing is lost by that.
-    assert!(matches!(ship_left(&tasks, &journal, &store).await, Err(LeftError::Store(_))));
-    drop(journal);
+    let (events, inherited) = start_with(directory.path(), 1 << 30, &store, &tasks).await;
+    assert!(events.unshipped() > 50 && inherited.standing.len() == 1);
+    assert_eq!((inherited.standing[0].record.id, inherited.standing[0].record.last_seq), (stays.id, 51));
+    let head = events.head(stays.id).unwrap().borrow().clone();
+    assert_eq!((head.last_seq, head.committed, head.ended), (51, true, false));
+    let left = events.read(stays.id, 51, &ReadQuery { after: 20, limit: 100, ..ReadQuery::default() }).await.unwrap();
+    assert_eq!(left.events[0].seq, 21);
+    let next = events.reopen(stays.id).unwrap().append(NewEvent::new(EventType::Stdout, json!("on"))).await;
+    assert_eq!(next, 52);
     proxy.mend();
-    let journal = Arc::new(Journal::open(directory.path()).unwrap().0);
-    assert!(ship_left(&tasks, &journal, &store).await.unwrap() > 50);
-    assert_eq!(ship_left(&tasks, &journal, &store).await.unwrap(), 0);
-    let events = Events::start(journal, 1 << 30, store.clone(), "p".into(), Metrics::new().unwrap(), &tasks);
+    soon("all is shipped", events.flushed()).await;
+    assert_eq!(events.unshipped(), 0);
     let page = events.read(stays.id, 51, &ReadQuery { after: 0, limit: 100, ..ReadQuery::default() }).await.unwrap();
     let json = |events: &[Event]| events.iter().map(|event| event.json.to_string()).collect::<Vec<_>>();
-    assert_eq!((json(&page.events), page.events.len()), (json(&told), 51));
+    assert_eq!((json(&page.events[..51]), page.events.len()), (json(&told), 52));
     assert_eq!(store.execution("p", goes.id).await.unwrap(), None, "what was deleted stays so");
     tasks.stop(std::time::Duration::from_secs(10)).await.unwrap();
 }
@@ -319,8 +329,7 @@ async fn a_full_journal_slows_and_cuts_nothing() {
     let store = Store::connect(&options).await.unwrap();
     store.migrate().await.unwrap();
     let (tasks, directory) = (Tasks::new(), tempfile::tempdir().unwrap());
-    let journal = Arc::new(Journal::open(directory.path()).unwrap().0);
-    let events = Events::start(journal, MOST, store.clone(), "p".into(), Metrics::new().unwrap(), &tasks);
+    let events = start_with(directory.path(), MOST, &store, &tasks).await.0;
     let (record, other) = (record(), record());
     let (id, writer, quick) = (record.id, events.open(record), events.open(other.clone()));
     writer.append(NewEvent::status(Status::Pending, None, None)).await;

@@ -3,11 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
 mod keys;
+mod lease;
 mod retention;
 mod sessions;
 
 use crate::support::postgres::fresh_database;
 use chrono::{DateTime, TimeDelta, Utc};
+use opencode_sidecar::model::request::OnRestart;
 use opencode_sidecar::model::task::{Limits, ModelChoice, Provider};
 use opencode_sidecar::model::{
     Event, EventType, ExecutionId, ExecutionRecord, Fingerprint, Idempotency, NewEvent, Reason, SessionId, Severity,
@@ -62,6 +64,7 @@ pub(crate) fn pending() -> ExecutionRecord {
             workdir: Some("a/b".to_owned()),
             timeout_seconds: 3600,
             limits: Limits { output_bytes: u64::MAX, model_calls: 100, total_tokens: 1, ..Limits::default() },
+            on_restart: OnRestart::Fail,
             metadata: Some(json!({ "z": [1, null, NASTY], "a": { "0": 1.5 }, NASTY: true })),
         },
         status: Status::Pending,
@@ -73,6 +76,7 @@ pub(crate) fn pending() -> ExecutionRecord {
         completed_at: None,
         paused_ms: 0,
         epoch: NonZeroU32::new(3).unwrap(),
+        generation: NonZeroU32::MIN,
         protections: vec![],
         final_message: None,
         error: None,
@@ -377,7 +381,7 @@ async fn unfinished_are_those_of_one_owner_without_an_end() {
     let mine = |record: ExecutionRecord| ExecutionRecord { owner: one.owner, ..record };
     let (second, done) = (mine(running(&pending())), mine(completed(&pending())));
     store.commit(&[submit(&one), submit(&second), submit(&done), submit(&pending())]).await.unwrap();
-    assert_eq!(store.unfinished(one.owner).await.unwrap(), [one, second]);
+    assert_eq!(store.unfinished(&one.project_id, one.owner).await.unwrap(), [one, second]);
 }
 
 #[tokio::test]

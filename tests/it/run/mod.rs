@@ -9,6 +9,7 @@ mod main_job;
 mod model_config;
 mod outage;
 mod queue;
+mod recovery;
 mod retention;
 mod sandboxed;
 mod secrets;

@@ -1,0 +1,261 @@
+//! What an earlier life left, and what becomes of it: executions that waited wait again, those that ran and are to be
+//! resumed go on in the conversation that they had, and all others end as interrupted. Their processes are gone by then.
+//!
+//! Nothing of it needs the database: it is in the journal. What the database alone knows is taken care of once it is there.
+
+use super::owner::Resumption;
+use super::{Executions, Queued, idempotency};
+use crate::events::{Inherited, OpenTool, Standing};
+use crate::model::event::{EventType, NewEvent, Severity};
+use crate::model::request::OnRestart;
+use crate::model::{ExecutionRecord, Reason, SessionId, Status};
+use crate::store::StoreError;
+use chrono::{DateTime, Utc};
+use secrecy::SecretString;
+use serde_json::json;
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// How often an execution is resumed: one that takes the sidecar with it each time is not to do so for ever.
+const MAX_RESUMPTIONS: u32 = 3;
+/// How long the database is left alone after it could not be asked.
+const PAUSE: Duration = Duration::from_secs(2);
+
+/// What becomes of an execution that was left.
+enum Fate {
+    /// It waits for its turn again, to begin or to go on; for people, why.
+    Waits { api_key: SecretString, resumption: Option<Resumption>, message: &'static str },
+    /// It ends; for people, why.
+    Ends(&'static str),
+}
+
+/// Whether it may go on where it was, and so needs what it has on disk.
+fn is_resumable(standing: &Standing) -> bool {
+    let record = &standing.record;
+    record.task.on_restart == OnRestart::Resume
+        && record.status != Status::Pending
+        && record.ordinal.is_none()
+        && record.generation.get() <= MAX_RESUMPTIONS
+}
+
+/// The sessions whose directories have to survive the start.
+pub fn sessions_to_keep(inherited: &Inherited) -> BTreeSet<SessionId> {
+    let resumable = inherited.standing.iter().filter(|standing| is_resumable(standing));
+    resumable.filter(|standing| standing.conversation.is_some()).map(|standing| standing.record.session_id).collect()
+}
+
+impl Executions {
+    /// Takes care of what an earlier life of this instance left in the journal. With `power_lost` the logs may lack events
+    /// that somebody saw, and go on under a new epoch. Call it before anything is taken in, and once.
+    pub async fn recover(&self, inherited: Inherited, power_lost: bool) {
+        self.shared.keys.remember(inherited.keys);
+        self.shared.keys_known.store(inherited.keys_known, Ordering::SeqCst);
+        for standing in inherited.standing {
+            self.take_up(standing, power_lost).await;
+        }
+        let is_ours = is_recent(self.shared.settings.alive.as_path(), self.shared.settings.lease);
+        if let Err(error) = self.let_wait(is_ours).await {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "what has waited is held until the database says that nobody has taken it over"
+            );
+        }
+        for mut session in inherited.sessions {
+            session.ended_at = Some(Utc::now());
+            let events = self.shared.events.clone();
+            // It is in the journal at once; nobody waits for the database.
+            self.shared.tasks.spawn("end of a session", async move {
+                events.put_session(session).await;
+            });
+        }
+    }
+
+    async fn take_up(&self, standing: Standing, power_lost: bool) {
+        let id = standing.record.id;
+        let Some(writer) = self.shared.events.reopen(id) else { return };
+        let fate = self.fate(&standing);
+        let Standing { mut record, open_tools, .. } = standing;
+        record.generation = record.generation.saturating_add(1);
+        if power_lost {
+            record.epoch = record.epoch.saturating_add(1);
+        }
+        let was = record.status.as_str();
+        let calls: Vec<_> = open_tools.iter().map(cut_off).collect();
+        match fate {
+            Fate::Waits { api_key, resumption, message } => {
+                tracing::info!(execution = %id, status = was, "an execution goes on after a restart");
+                let owner = self.adopt(record, writer, None, resumption);
+                owner.restarted(calls, message).await;
+                self.shared.lock_held().insert(id, Queued { owner, api_key });
+            }
+            Fate::Ends(why) => {
+                tracing::warn!(execution = %id, status = was, why, "an execution was interrupted by the end of the sidecar");
+                let owner = self.adopt(record, writer, None, None);
+                for call in calls {
+                    owner.writer.append(call).await;
+                }
+                owner.end_now(Reason::Interrupted, why).await;
+                self.forget(&owner);
+            }
+        }
+    }
+
+    /// Lets what was taken up wait for its turn, but for what another sidecar has taken over meanwhile. Where the database
+    /// does not tell, and nobody can have done so yet (`is_ours`), that is all of it.
+    async fn let_wait(&self, is_ours: bool) -> Result<(), StoreError> {
+        let ids: Vec<_> = self.shared.lock_held().keys().copied().collect();
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let taken_over = match self.shared.store.taken_over(self.shared.settings.owner, &ids).await {
+            Err(_) if is_ours => BTreeSet::new(),
+            taken_over => taken_over?,
+        };
+        let mut held: Vec<_> = std::mem::take(&mut *self.shared.lock_held()).into_iter().collect();
+        held.sort_by_key(|(_, queued)| queued.owner.created_at());
+        for (id, queued) in held {
+            if taken_over.contains(&id) {
+                tracing::warn!(execution = %id, "another sidecar has taken the execution over");
+                self.shared.events.give_up(id);
+                self.forget(&queued.owner);
+            } else {
+                self.shared.lock_admission().put_back(id, queued);
+            }
+        }
+        self.start_next();
+        Ok(())
+    }
+
+    fn fate(&self, standing: &Standing) -> Fate {
+        let record = &standing.record;
+        let is_waiting = record.status == Status::Pending;
+        if record.ordinal.is_some() {
+            return Fate::Ends("The sidecar or its node went away, and the task's session with it.");
+        }
+        if !is_waiting && !is_resumable(standing) {
+            return Fate::Ends(match record.task.on_restart {
+                OnRestart::Fail => "The sidecar or its node went away while the task was running.",
+                OnRestart::Resume => "The sidecar or its node went away while the task was running, once too often.",
+            });
+        }
+        let sealed = standing.credentials.as_deref().unwrap_or_default();
+        let Ok(api_key) = self.shared.settings.sealing.unseal(sealed, record.id.0.as_bytes()) else {
+            tracing::error!(execution = %record.id, "the key of the task's model cannot be opened again");
+            return Fate::Ends(
+                "The sidecar or its node went away, and the key of the task's model cannot be opened again.",
+            );
+        };
+        if is_waiting {
+            let message = "The sidecar was restarted; the task still waits for its turn.";
+            return Fate::Waits { api_key, resumption: None, message };
+        }
+        let Some(conversation) = &standing.conversation else {
+            let message = "The sidecar was restarted before the agent had got the task; it begins.";
+            return Fate::Waits { api_key, resumption: None, message };
+        };
+        match self.shared.sessions.left(record.session_id, conversation) {
+            Some(parked) => {
+                let resumption = Some(Resumption { parked, message: what_was_cut_off(&standing.open_tools) });
+                let message = "The sidecar or its node went away while the task was running; it goes on where it was.";
+                Fate::Waits { api_key, resumption, message }
+            }
+            None => Fate::Ends("The sidecar or its node went away, and what the task's session had on disk is gone."),
+        }
+    }
+
+    /// Takes care of what the database alone knows, once it is there: keys, and what this instance has in it that is not
+    /// in its journal. Returns at the shutdown, too.
+    pub async fn catch_up(self) {
+        let begun = Utc::now();
+        let shutdown = self.shared.tasks.shutdown_token().clone();
+        let work = async {
+            self.shared.store.ready().await;
+            while let Err(error) = self.ask_the_database(begun).await {
+                if !error.is_transient() {
+                    tracing::error!(
+                        error = &error as &dyn std::error::Error,
+                        "what an earlier life left in the database cannot be read"
+                    );
+                    return;
+                }
+                tokio::time::sleep(PAUSE).await;
+            }
+        };
+        tokio::select! {
+            () = work => {}
+            () = shutdown.cancelled() => {}
+        }
+    }
+
+    async fn ask_the_database(&self, begun: DateTime<Utc>) -> Result<(), StoreError> {
+        let (store, settings) = (&self.shared.store, &self.shared.settings);
+        self.let_wait(false).await?;
+        let since = Utc::now() - idempotency::LIFE;
+        self.shared.keys.remember(store.submitted_with_key(&settings.project, since, idempotency::MOST).await?);
+        if !self.shared.keys_known.swap(true, Ordering::SeqCst) {
+            self.shared.events.keys_are_known();
+        }
+        // Its own journal was lost, or is of a version that did not write it there.
+        let left = store.unfinished(&settings.project, settings.owner).await?;
+        self.end_strangers(left.into_iter().filter(|record| record.created_at < begun).collect()).await;
+        for mut session in store.open_sessions(settings.owner).await? {
+            if session.created_at < begun && self.kept(session.id).is_none() {
+                session.ended_at = Some(Utc::now());
+                self.shared.events.put_session(session).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends executions that nobody runs and that the database alone knows of.
+    async fn end_strangers(&self, left: Vec<ExecutionRecord>) {
+        for mut record in left {
+            if self.shared.events.head(record.id).is_some() {
+                continue;
+            }
+            record.generation = record.generation.saturating_add(1);
+            // Whoever wrote to it may have shown more than the database has.
+            record.epoch = record.epoch.saturating_add(1);
+            let id = record.id;
+            tracing::warn!(execution = %id, status = record.status.as_str(), "an execution that nobody runs is ended");
+            let writer = self.shared.events.open(record.clone());
+            let owner = self.adopt(record, writer, None, None);
+            owner.end_now(Reason::Interrupted, "The sidecar that ran the task, or its node, went away.").await;
+            self.forget(&owner);
+        }
+    }
+}
+
+/// Whether this sidecar was alive less than a term ago, so that nobody can have taken anything over from it.
+fn is_recent(alive: &Path, term: Duration) -> bool {
+    let then = std::fs::metadata(alive).and_then(|file| file.modified());
+    // A clock that was set back says nothing.
+    then.is_ok_and(|then| then.elapsed().is_ok_and(|ago| ago < term))
+}
+
+/// The result of a call that has none.
+pub(super) fn cut_off(open: &OpenTool) -> NewEvent {
+    let OpenTool { call_id, tool, .. } = open;
+    let data = json!({ "call_id": call_id, "tool": tool, "result": null, "error": "interrupted", "duration_ms": null });
+    NewEvent::new(EventType::ToolResult, data).severity(Severity::Warn)
+}
+
+/// What the agent is told when it goes on.
+fn what_was_cut_off(open_tools: &[OpenTool]) -> String {
+    let mut message =
+        "The machine that you work on was interrupted and has been started again. Every process that you \
+                       had started is gone; the files are as they were left."
+            .to_owned();
+    if !open_tools.is_empty() {
+        message.push_str(
+            "\n\nThese tool calls were cut off. They have not been run again, and may have had a part of their effect:",
+        );
+        for OpenTool { tool, arguments, .. } in open_tools {
+            message.push_str(&format!("\n- {tool} {arguments}"));
+        }
+    }
+    message.push_str("\n\nLook how things stand, then go on with the task.");
+    message
+}
