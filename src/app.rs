@@ -320,6 +320,7 @@ impl App {
                 command: command.clone(),
                 executable,
                 directory: config.state_dir.join("sessions"),
+                keep: executions::sessions_to_keep(&inherited),
                 confined: config.sandbox != SandboxMode::Off,
                 refused: protections.refused.clone(),
                 users: protections.users.clone(),
@@ -339,7 +340,6 @@ impl App {
             tasks.clone(),
             metrics.clone(),
             warm_for,
-            &executions::sessions_to_keep(&inherited),
         );
         sessions.open_workspace().await;
         let executions = Executions::new(

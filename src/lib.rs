@@ -9,7 +9,8 @@
 //! |---|---|---|
 //! | pure | [`model`] | ids, tasks, events, the state machine of an execution |
 //! | | [`sse`] | reads server-sent events |
-//! | base | [`tasks`] | spawns, tracks and ends every concurrent piece of work |
+//! | base | [`failpoint`] | places where a test may end this process; nothing in a release |
+//! | | [`tasks`] | spawns, tracks and ends every concurrent piece of work |
 //! | | [`secrets`] | makes random tokens, opens sealed keys |
 //! | | [`telemetry`] | log and metrics |
 //! | | [`config`] | the environment, read once |
@@ -100,6 +101,7 @@ pub mod demo;
 pub mod doctor;
 pub mod events;
 pub mod executions;
+pub mod failpoint;
 pub mod host;
 pub mod journal;
 pub mod model;

@@ -8,6 +8,7 @@
 use super::live::Live;
 use super::ship::Parcel;
 use super::{Shared, ship};
+use crate::failpoint;
 use crate::journal::Position;
 use crate::model::ExecutionRecord;
 use crate::model::event::Event;
@@ -182,7 +183,9 @@ async fn commit(shared: &Shared, batch: Vec<Item>) {
     let (owners, writes): (Vec<_>, Vec<_>) = batch.into_iter().map(|item| (item.whose, item.write)).unzip();
     let (at, after) = until_taken(shared, &writes).await;
     shared.note(&writes);
+    failpoint::pass("append-noted");
     publish(&owners, &writes, at, Live::publish);
+    failpoint::pass("append-shown");
     shared.outgoing.push(Parcel::new(at, after, owners, writes));
     shared.queue.done.send_modify(|(done, queued)| {
         *done += count;
@@ -207,9 +210,12 @@ async fn until_taken(shared: &Shared, writes: &[Write]) -> (Position, Position) 
     loop {
         let (journal, bytes) = (Arc::clone(&shared.journal), Arc::clone(&record));
         let taken = shared.tasks.spawn_blocking(move || {
+            failpoint::pass("append-begun");
             let places = journal.append(&bytes)?;
+            failpoint::pass("append-written");
             if weighty {
                 journal.sync()?;
+                failpoint::pass("append-synced");
             }
             Ok(places)
         });

@@ -7,6 +7,7 @@
 use super::Shared;
 use super::commit::{Whose, size};
 use super::live::Live;
+use crate::failpoint;
 use crate::journal::{Journal, Position};
 use crate::model::ExecutionId;
 use crate::store::{Store, Write};
@@ -221,7 +222,9 @@ async fn ship(shared: &Arc<Shared>, mut parcels: Vec<Parcel>, stop: &Cancellatio
             },
         }
     }
+    failpoint::pass("ship-begun");
     let Some(refused) = deliver(&shared.store, writes, &shared.outgoing.trouble, stop).await else { return false };
+    failpoint::pass("ship-committed");
     let count: usize = parcels.iter().map(|parcel| parcel.count).sum();
     let after = parcels.last().map(|parcel| parcel.after);
     let deletes = parcels.iter().any(|parcel| parcel.deletes);
@@ -244,6 +247,7 @@ async fn ship(shared: &Arc<Shared>, mut parcels: Vec<Parcel>, stop: &Cancellatio
             let _ = sender.send(!refused.contains(&None));
         }
     }
+    failpoint::pass("ship-told");
     if let Some(after) = after {
         // What was deleted is to leave the disk as soon as nothing else is beside it.
         let deletes = deletes || shared.outgoing.deleted.load(Ordering::Relaxed);

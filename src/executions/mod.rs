@@ -33,6 +33,7 @@ pub use recovery::sessions_to_keep;
 pub use terminals::OpenTerminalError;
 
 use crate::events::{Events, Head, Writer};
+use crate::failpoint;
 use crate::model::event::NewEvent;
 use crate::model::request::TaskRequest;
 use crate::model::{
@@ -366,9 +367,12 @@ impl Executions {
                 }
             },
         };
+        failpoint::pass("submit-admitted");
         let (owner, seq) = self.begin(record, kept, sealed);
+        failpoint::pass("submit-queued");
         let stored = tokio::time::timeout(SUBMIT_TIMEOUT, owner.writer.committed(seq)).await;
         if stored == Ok(true) {
+            failpoint::pass("submit-durable");
             let closing = {
                 // Looked at under the lock: who comes after the shutdown has emptied the queue must not get into it. What
                 // is durable is taken all the same, and runs after the restart.
@@ -384,6 +388,7 @@ impl Executions {
             if let Some(claim) = claim {
                 claim.taken(submitted.clone());
             }
+            failpoint::pass("submit-taken");
             if closing {
                 self.leave_waiting(&owner).await;
             } else {
@@ -526,7 +531,9 @@ impl Executions {
         if self.shared.events.head(id).is_some_and(|head| !head.borrow().ended) {
             return Ok(false);
         }
+        failpoint::pass("delete-begun");
         let deleted = self.shared.events.delete(id, DELETE_WAIT).await;
+        failpoint::pass("delete-done");
         if let Some(idempotency) = view.and_then(|view| view.record.idempotency.clone()) {
             self.shared.keys.forget(&idempotency, id);
         }

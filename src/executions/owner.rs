@@ -7,6 +7,7 @@
 use super::Shared;
 use super::kept::Kept;
 use crate::events::Writer;
+use crate::failpoint;
 use crate::model::event::{NewEvent, Severity};
 use crate::model::execution::{Command, Effect, Rejected, State, apply};
 use crate::model::request::OnRestart;
@@ -204,6 +205,7 @@ impl Owner {
     pub(super) async fn live(&self, shared: &Shared, api_key: SecretString) -> bool {
         let begin = if self.lock().state.started_at.is_none() { Command::Start } else { Command::Restart };
         let started = self.step(begin, Vec::new());
+        failpoint::pass("run-begun");
         let (ended, before, failure) = match started {
             Ok(_) => self.work(shared, api_key).await,
             // Its end was asked for in the moment of its turn.
@@ -233,9 +235,12 @@ impl Owner {
             work.record.usage.clone()
         };
         last_words.push(NewEvent::new(crate::model::EventType::Usage, json!(usage)).severity(Severity::Debug));
+        failpoint::pass("end-begun");
         match self.step(Command::Ended, last_words) {
             Ok(seq) => {
+                failpoint::pass("end-queued");
                 self.writer.committed(seq).await;
+                failpoint::pass("end-durable");
             }
             Err(rejected) => tracing::error!(execution = %self.id, %rejected, "an execution could not be ended"),
         }
@@ -302,6 +307,7 @@ impl Owner {
             deadline,
         };
         let ending = run.run(&mut session).await;
+        failpoint::pass("run-over");
         self.take_over(ending.progress);
         // What ended by itself in that moment has ended.
         if ending.reason == Reason::Cancelled && self.is_suspended() {

@@ -6,6 +6,7 @@
 use super::owner::Resumption;
 use super::{Executions, Queued, idempotency};
 use crate::events::{Inherited, OpenTool, Standing};
+use crate::failpoint;
 use crate::model::event::{EventType, NewEvent, Severity};
 use crate::model::request::OnRestart;
 use crate::model::{ExecutionRecord, Reason, SessionId, Status};
@@ -50,10 +51,12 @@ impl Executions {
     /// Takes care of what an earlier life of this instance left in the journal. With `power_lost` the logs may lack events
     /// that somebody saw, and go on under a new epoch. Call it before anything is taken in, and once.
     pub async fn recover(&self, inherited: Inherited, power_lost: bool) {
+        failpoint::pass("recovery-begun");
         self.shared.keys.remember(inherited.keys);
         self.shared.keys_known.store(inherited.keys_known, Ordering::SeqCst);
         for standing in inherited.standing {
             self.take_up(standing, power_lost).await;
+            failpoint::pass("recovery-taken-up");
         }
         let is_ours = is_recent(self.shared.settings.alive.as_path(), self.shared.settings.lease);
         if let Err(error) = self.let_wait(is_ours).await {
@@ -113,6 +116,7 @@ impl Executions {
             Err(_) if is_ours => BTreeSet::new(),
             taken_over => taken_over?,
         };
+        failpoint::pass("recovery-held");
         let mut held: Vec<_> = std::mem::take(&mut *self.shared.lock_held()).into_iter().collect();
         held.sort_by_key(|(_, queued)| queued.owner.created_at());
         for (id, queued) in held {

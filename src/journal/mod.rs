@@ -19,6 +19,7 @@ mod boot;
 mod segment;
 mod summary;
 
+use crate::failpoint;
 use segment::{HEADER, Segment};
 use std::collections::VecDeque;
 use std::fs::{self, File};
@@ -272,11 +273,13 @@ impl Journal {
             self.sync()?;
             summary::write(&self.directory, &summary)?;
             self.summary_bytes.store(summary.len() as u64, Ordering::Relaxed);
+            failpoint::pass("release-summed");
         }
         let mut inner = self.lock();
         if removes {
             if is_stale(&inner) {
                 self.rotate(&mut inner)?;
+                failpoint::pass("release-rotated");
             }
             self.remove_before(&mut inner, before)?;
         }
@@ -293,6 +296,7 @@ impl Journal {
                 _ => self.bytes.fetch_sub(first.length, Ordering::Relaxed),
             };
             inner.segments.pop_front();
+            failpoint::pass("release-removed");
         }
         Ok(())
     }

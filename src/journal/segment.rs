@@ -1,6 +1,7 @@
 //! One file of the journal: a header, then records, each with its length and checksum before it.
 
 use super::Position;
+use crate::failpoint;
 use crc::{CRC_32_ISCSI, Crc};
 use std::fs::{self, File};
 use std::io;
@@ -95,6 +96,9 @@ pub(super) fn frame(record: &[u8]) -> io::Result<Vec<u8>> {
 }
 
 pub(super) fn write(file: &File, offset: u64, frame: &[u8]) -> io::Result<()> {
+    failpoint::pass_after("append-torn", || {
+        let _ = file.write_all_at(&frame[..frame.len() / 2], offset);
+    });
     file.write_all_at(frame, offset)
 }
 

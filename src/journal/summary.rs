@@ -1,6 +1,7 @@
 //! What is left of records that were released: one file, replaced as a whole.
 
 use super::segment;
+use crate::failpoint;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -31,6 +32,7 @@ pub(super) fn write(directory: &Path, summary: &[u8]) -> io::Result<()> {
     let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
     file.write_all(&segment::frame(summary)?)?;
     file.sync_all()?;
+    failpoint::pass("summary-new");
     fs::rename(new, path(directory))?;
     File::open(directory)?.sync_all()
 }

@@ -50,6 +50,8 @@ pub struct Settings {
     pub executable: PathBuf,
     /// Below it each session has its directory.
     pub directory: PathBuf,
+    /// Those of an earlier life that are still needed.
+    pub keep: BTreeSet<SessionId>,
     /// Whether sessions are confined, as far as this host can do that.
     pub confined: bool,
     /// Where the sockets of a session are.
@@ -119,7 +121,7 @@ struct Shared {
 }
 
 impl Sessions {
-    /// Removes what an earlier life left of its sessions but for those in `keep`, and begins to fill the warm pool (with `warm_for`, where
+    /// Removes what an earlier life left of its sessions but for those to keep, and begins to fill the warm pool (with `warm_for`, where
     /// there is a default model).
     pub fn start(
         settings: Settings,
@@ -129,9 +131,8 @@ impl Sessions {
         tasks: Tasks,
         metrics: Metrics,
         warm_for: Option<Wanted>,
-        keep: &BTreeSet<SessionId>,
     ) -> Self {
-        if let Err(error) = begin_anew(&settings.directory, keep) {
+        if let Err(error) = begin_anew(&settings.directory, &settings.keep) {
             tracing::warn!(%error, "directories of earlier sessions could not be removed");
         }
         let identities = settings.users.clone().map(identity::Identities::new);

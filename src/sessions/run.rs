@@ -8,6 +8,7 @@ use super::session::Session;
 use super::shell::Shells;
 use crate::broker::{Exhausted, Facts, Outcome, Report, ShellCall};
 use crate::events::Writer;
+use crate::failpoint;
 use crate::model::event::{EventType, NewEvent, Severity};
 use crate::model::request::OnRestart;
 use crate::model::{Reason, Task, Usage};
@@ -136,13 +137,16 @@ impl Run<'_> {
             (Some(again), Some(_)) => again.to_owned(),
             _ => self.task.prompt_text(),
         };
+        failpoint::pass("run-conversation");
         if self.task.on_restart == OnRestart::Resume {
             // Before the prompt: without it a later life would take the task for one that was never begun.
             self.writer.keep_conversation(&conversation).await;
         }
         let prompt =
             Prompt { text: &text, agent: self.task.agent.as_deref(), system: self.task.system_prompt.as_deref() };
+        failpoint::pass("run-unprompted");
         session.client.prompt(&conversation, &prompt).await.map_err(unresponsive)?;
+        failpoint::pass("run-prompted");
         Ok(Prepared { stream, conversation, before })
     }
 }

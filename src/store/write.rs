@@ -6,6 +6,7 @@
 
 use super::row::{bigint, integer, text, texts};
 use super::{Store, StoreError, callbacks, lease, sessions};
+use crate::failpoint;
 use crate::model::{Event, ExecutionId, ExecutionRecord, SessionRecord, Status};
 use serde::{Deserialize, Serialize};
 use sqlx::{Connection, PgConnection};
@@ -151,6 +152,7 @@ impl Store {
         let work = self.insist(async |connection: &mut PgConnection| {
             let mut transaction = connection.begin().await?;
             let committed = write_batch(self, &mut transaction, writes).await?;
+            failpoint::pass("ship-in-transaction");
             transaction.commit().await?;
             Ok(committed)
         });

@@ -17,6 +17,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("model", &[]),
     ("sse", &[]),
     // Base.
+    ("failpoint", &[]),
     ("tasks", &[]),
     ("secrets", &[]),
     ("telemetry", &["model"]),
@@ -24,15 +25,15 @@ const LAYERS: &[(&str, &[&str])] = &[
     // Owners of I/O.
     ("sandbox", &["tasks"]),
     ("workspace", &[]),
-    ("journal", &[]),
-    ("store", &["model", "tasks", "sandbox"]),
+    ("journal", &["failpoint"]),
+    ("store", &["failpoint", "model", "tasks", "sandbox"]),
     // Services.
-    ("events", &["model", "tasks", "telemetry", "journal", "store"]),
+    ("events", &["failpoint", "model", "tasks", "telemetry", "journal", "store"]),
     ("opencode", &["model", "sse", "tasks", "sandbox"]),
     ("broker", &["model", "tasks"]),
     // Orchestration.
-    ("sessions", &["model", "tasks", "secrets", "telemetry", "sandbox", "events", "opencode", "broker"]),
-    ("executions", &["model", "tasks", "secrets", "telemetry", "workspace", "store", "events", "opencode", "sessions"]),
+    ("sessions", &["failpoint", "model", "tasks", "secrets", "telemetry", "sandbox", "events", "opencode", "broker"]),
+    ("executions", &["failpoint", "model", "tasks", "secrets", "telemetry", "workspace", "store", "events", "opencode", "sessions"]),
     // Edges.
     ("api", &["model", "tasks", "telemetry", "store", "events", "executions"]),
     ("client", &["model", "sse"]),
@@ -97,7 +98,8 @@ const ONLY_IN: &[(&str, &[&str])] = &[
 const EXCEPTIONS: &[(&str, &str, &str)] = &[];
 
 /// Tests that wait for time to pass: the file and why no level can be waited for.
-const SLEEPS: &[(&str, &str)] = &[];
+const SLEEPS: &[(&str, &str)] =
+    &[("tests/it/run/soak.rs", "a life of the sidecar lasts for a time that the seed decides, whatever happens in it")];
 
 /// The ways in which a test may not run: it is reported, with its reason.
 const ONLY_WITH: [&str; 3] =

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod ending;
+mod failpoints;
 mod faults;
 mod idempotency;
 mod life;
@@ -13,6 +14,7 @@ mod recovery;
 mod retention;
 mod sandboxed;
 mod secrets;
+mod soak;
 mod streams;
 mod users;
 mod visible;
