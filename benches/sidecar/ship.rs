@@ -17,7 +17,7 @@ use std::time::Instant;
 const EVENTS: usize = 200_000;
 /// They write at the same time.
 const EXECUTIONS: usize = 8;
-/// The most that the committer takes is 2000, and two of those are the most that the shipper makes one of.
+/// What the shipper takes as one where much waits: of the 2000 that the committer takes at most, two fit into its 5000.
 const BATCH: usize = 4000;
 const COLUMNS: &str = "execution_events (execution_id, seq, type, severity, ts, envelope)";
 
