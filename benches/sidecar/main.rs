@@ -1,21 +1,25 @@
 //! The benchmarks: each measures both sides in one run, and prints a table with the ratio and the target.
 //!
 //! `cargo bench --bench sidecar [-- NAME …]` runs those whose names contain one of the words: `task`, `health`, `idle`,
-//! `stream`, `session`, `spawn`, `kill`. `BENCH_ROUNDS` sets how often each measurement is repeated. Nothing is asserted:
-//! the numbers are for people, and depend on what else the machine does.
+//! `stream`, `session`, `spawn`, `kill`, `ship`, `journal`. `BENCH_ROUNDS` sets how often each measurement is repeated. No
+//! number is asserted: they are for people, and depend on what else the machine does.
 //!
 //! The sidecar is the release build of the binary, as a process of its own, with an embedded Postgres. OpenCode is the
 //! real one (OPENCODE_COMMAND, `opencode` in PATH, or the package under `sidecars/opencode-server`); its provider is
-//! the scripted model, in this process.
+//! the scripted model, in this process. `ship` and `journal` measure parts of the library, also in this process, with a
+//! Postgres beside it.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a benchmark that cannot go on ends")]
 
 mod direct;
 mod health;
 mod idle;
+mod journal;
 mod kill;
 mod machine;
+mod made;
 mod session;
+mod ship;
 mod sidecar;
 mod spawn;
 mod stream;
@@ -73,7 +77,7 @@ fn main() {
     runtime.block_on(async {
         let world = World::new().await;
         println!("{}", Machine::now());
-        let all = ["task", "health", "idle", "stream", "session", "spawn", "kill"];
+        let all = ["task", "health", "idle", "stream", "session", "spawn", "kill", "ship", "journal"];
         for name in all.into_iter().filter(|name| chosen(name)) {
             let run = async {
                 match name {
@@ -83,6 +87,8 @@ fn main() {
                     "stream" => stream::run(&world).await,
                     "spawn" => spawn::run(&world).await,
                     "kill" => kill::run(&world).await,
+                    "ship" => ship::run(&world).await,
+                    "journal" => journal::run(&world).await,
                     _ => session::run(&world).await,
                 }
             };

@@ -53,3 +53,9 @@ pub(crate) fn target(what: &str, value: f64, target: f64, unit: &str) {
     let verdict = if value <= target { "met" } else { "MISSED" };
     println!("{what}: {value:.3}{unit}, target ≤ {target}{unit}: {verdict}");
 }
+
+/// The same where more is better; without a unit.
+pub(crate) fn target_least(what: &str, value: f64, target: f64) {
+    let verdict = if value >= target { "met" } else { "MISSED" };
+    println!("{what}: {value:.3}, target ≥ {target}: {verdict}");
+}
