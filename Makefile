@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test guest lint bench sqlx-prepare clean run-demo run-tests run-bench need-rust need-npm
+.PHONY: help setup demo test soak guest lint bench sqlx-prepare clean run-demo run-tests run-soak run-bench need-rust need-npm
 
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 # The queries are checked against .sqlx; `sqlx-prepare` alone asks a database.
@@ -38,6 +38,16 @@ test: need-rust need-npm ## Run every check and all tests: what has to pass
 run-tests:
 	$(call step,Tests)
 	@cargo test --locked
+	$(call step,Interleavings of the event log)
+	@cargo test --locked --lib --features shuttle -- interleavings
+
+soak: need-rust need-npm ## Kill the sidecar at random instants, 500 times (SOAK_ROUNDS, SOAK_SEED); and page a log of a million events
+	$(call step,Set-up)
+	@SOAK=1 SOAK_ROUNDS=$${SOAK_ROUNDS:-500} scripts/with-setup $(MAKE) --no-print-directory run-soak
+
+run-soak:
+	$(call step,Soak)
+	@cargo test --locked --test it -- --nocapture run::soak run::million
 
 guest: need-rust ## Of the tests, only the limits of control groups in a small virtual machine with version 2 alone (Debian's QEMU)
 	@guest=$$(scripts/setup-guest) && OPENCODE_SIDECAR_GUEST=$$guest cargo test --locked --test it -- --nocapture cgroup::guest

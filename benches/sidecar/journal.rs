@@ -112,7 +112,7 @@ fn delays(sent: &[Instant], read: &[Instant]) -> Vec<f64> {
 
 /// The delays of one round: through the journal, and without.
 async fn round(events: &Events, tasks: &Tasks) -> [Vec<f64>; 2] {
-    let (writer, first) = events.begin(record(), NewEvent::log(Severity::Info, "begun", "It begins."));
+    let (writer, first) = events.begin(record(), Vec::new(), NewEvent::log(Severity::Info, "begun", "It begins."));
     assert!(writer.committed(first).await);
     let bare = Arc::new(Bare::default());
     tasks.spawn("bare committer", Arc::clone(&bare).commit());
@@ -148,7 +148,8 @@ pub(crate) async fn run(world: &World) {
     assert_ne!(statfs(place.path()).unwrap().filesystem_type(), TMPFS_MAGIC, "no disk is beneath the journal");
     let journal = Arc::new(Journal::open(place.path()).unwrap().0);
     let metrics = Metrics::new().unwrap();
-    let events = Events::start(Arc::clone(&journal), 1 << 30, store.clone(), "bench".to_owned(), metrics, &tasks);
+    let started = Events::start(Arc::clone(&journal), 1 << 30, store.clone(), "bench".to_owned(), metrics, &tasks);
+    let events = started.await.unwrap().0;
     let (mut through, mut without, mut added) = (Vec::new(), Vec::new(), Vec::new());
     let started = Instant::now();
     let rounds = world.rounds(5);

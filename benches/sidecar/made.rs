@@ -2,6 +2,7 @@
 
 use chrono::Utc;
 use opencode_sidecar::model::event::{EventType, NewEvent};
+use opencode_sidecar::model::request::OnRestart;
 use opencode_sidecar::model::task::{Limits, ModelChoice, Provider};
 use opencode_sidecar::model::{ExecutionRecord, Task, TaskId};
 use serde_json::json;
@@ -29,6 +30,7 @@ pub(crate) fn record() -> ExecutionRecord {
         workdir: None,
         timeout_seconds: 3600,
         limits: Limits { output_bytes: 1 << 30, model_calls: 100, total_tokens: 1 << 30, ..Limits::default() },
+        on_restart: OnRestart::Fail,
         metadata: None,
     };
     ExecutionRecord::new("bench", uuid::Uuid::now_v7(), task, Vec::new(), Utc::now())

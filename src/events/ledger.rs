@@ -8,7 +8,7 @@
 use crate::model::{
     Event, EventType, ExecutionId, ExecutionRecord, Fingerprint, Idempotency, SessionId, SessionRecord, Submitted,
 };
-use crate::store::{Fact, Write};
+use crate::store::{Fact, Outcome, Write};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -28,6 +28,9 @@ pub struct Standing {
     pub credentials: Option<String>,
     /// OpenCode's id of the conversation; set before it is prompted.
     pub conversation: Option<String>,
+    /// How its run has ended, where it has.
+    #[serde(default)]
+    pub outcome: Option<Outcome>,
 }
 
 /// A call of a tool that has no result.
@@ -64,7 +67,10 @@ impl Ledger {
     pub(super) fn apply(&mut self, write: &Write) {
         match write {
             Write::Submit(record) => {
-                if let Some(Idempotency { caller, key, fingerprint }) = &record.idempotency {
+                // One that was given back since is not taken again.
+                let gave_back =
+                    self.executions.get(&record.id).is_some_and(|standing| standing.record.idempotency.is_none());
+                if let (Some(Idempotency { caller, key, fingerprint }), false) = (&record.idempotency, gave_back) {
                     let name = (caller.clone(), key.as_str().to_owned());
                     self.keys.insert(name, (*fingerprint, record.submitted()));
                 }
@@ -73,6 +79,7 @@ impl Ledger {
                     open_tools: Vec::new(),
                     credentials: None,
                     conversation: None,
+                    outcome: None,
                 });
             }
             Write::Event { execution, event } => {
@@ -104,6 +111,7 @@ impl Ledger {
                     match fact {
                         Fact::Credentials(sealed) => standing.credentials = Some(sealed.clone()),
                         Fact::Conversation(id) => standing.conversation = Some(id.clone()),
+                        Fact::Outcome(outcome) => standing.outcome = Some(outcome.clone()),
                     }
                 }
             }
@@ -214,3 +222,6 @@ fn note_call(open: &mut Vec<OpenTool>, event: &Event) {
         });
     }
 }
+
+#[cfg(test)]
+mod tests;

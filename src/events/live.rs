@@ -4,14 +4,19 @@ use super::{Page, ReadQuery, Shared};
 use crate::journal::Position;
 use crate::model::event::{Event, NewEvent};
 use crate::model::{ExecutionId, ExecutionRecord, Status};
-use crate::store::{Fact, Write};
+use crate::store::{Fact, Outcome, Write};
 use chrono::{DateTime, Utc};
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use tokio::sync::watch;
 
+#[cfg(all(test, feature = "shuttle"))]
+use shuttle::sync::Mutex;
+#[cfg(not(all(test, feature = "shuttle")))]
+use std::sync::Mutex;
+
 /// How much of a log is kept in memory for its readers; older events come from the journal or the store.
-const TAIL_BYTES: usize = 1024 * 1024;
+const TAIL_BYTES: usize = if cfg!(all(test, feature = "shuttle")) { 150 } else { 1024 * 1024 };
 /// How much of one that has ended, and only waits for the database: there may be many of those.
 const ENDED_TAIL_BYTES: usize = 64 * 1024;
 
@@ -48,8 +53,18 @@ struct Shipping {
     records: VecDeque<(u64, Position)>,
 }
 
+/// Where a piece of a log is to be read.
+pub(super) enum Found {
+    /// It was in memory.
+    Here(Page),
+    /// In the database, which has the log up to this event at least.
+    Shipped(u64),
+    /// In this record of the journal.
+    Journal(Position),
+}
+
 /// Where the event after another one is.
-pub(super) enum Place {
+enum Place {
     /// In the database, which has them up to this one at least.
     Shipped(u64),
     /// In this record of the journal.
@@ -151,8 +166,19 @@ impl Live {
         }
     }
 
+    /// A piece of the log, or where it is now. It may have moved on when it is looked for there.
+    pub(super) fn find(&self, query: &ReadQuery, limit: u32) -> Found {
+        match self.read_tail(query, limit) {
+            Some(page) => Found::Here(page),
+            None => match self.place(query.after) {
+                Place::Shipped(upto) => Found::Shipped(upto),
+                Place::Journal(at) => Found::Journal(at),
+            },
+        }
+    }
+
     /// Where the event after this one is, which is there.
-    pub(super) fn place(&self, after: u64) -> Place {
+    fn place(&self, after: u64) -> Place {
         let shipping = self.lock_shipping();
         let at = shipping.records.partition_point(|(first, _)| *first <= after + 1);
         match at.checked_sub(1).and_then(|at| shipping.records.get(at)) {
@@ -161,7 +187,7 @@ impl Live {
         }
     }
 
-    fn lock_shipping(&self) -> std::sync::MutexGuard<'_, Shipping> {
+    fn lock_shipping(&self) -> impl std::ops::DerefMut<Target = Shipping> {
         self.shipping.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -173,7 +199,7 @@ impl Live {
     }
 
     /// A piece out of memory; `None` where it begins before what memory holds.
-    pub(super) fn read_tail(&self, query: &ReadQuery, limit: u32) -> Option<Page> {
+    fn read_tail(&self, query: &ReadQuery, limit: u32) -> Option<Page> {
         let tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
         let last_seq = self.head.borrow().last_seq;
         let first = tail.events.front().map_or(last_seq + 1, |event| event.seq);
@@ -224,9 +250,17 @@ impl Writer {
 
     /// Keeps OpenCode's id of the conversation for a later life of the sidecar. It is on the disk when this returns.
     pub async fn keep_conversation(&self, id: &str) {
-        let fact = Fact::Conversation(id.to_owned());
-        self.shared.queue.push(&self.live, vec![Write::Local { execution: self.live.id, fact }]);
+        self.keep_fact(Fact::Conversation(id.to_owned()));
         self.shared.queue.flushed().await;
+    }
+
+    /// Keeps how the run has ended for a later life of the sidecar, which tells it where this one does not come to that.
+    pub fn keep_outcome(&self, outcome: Outcome) {
+        self.keep_fact(Fact::Outcome(outcome));
+    }
+
+    fn keep_fact(&self, fact: Fact) {
+        self.shared.queue.push(&self.live, vec![Write::Local { execution: self.live.id, fact }]);
     }
 
     /// Appends an event; waits only while very much is queued. Returns its number.
@@ -282,3 +316,6 @@ impl Writer {
         }
     }
 }
+
+#[cfg(all(test, feature = "shuttle"))]
+mod interleavings;

@@ -28,7 +28,7 @@ use crate::tasks::Tasks;
 use crate::telemetry::Metrics;
 use chrono::{TimeDelta, Utc};
 use ledger::Ledger;
-use live::{Live, Place};
+use live::{Found, Live};
 use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -213,12 +213,10 @@ impl Events {
         loop {
             let live = self.shared.lock_live().get(&id).cloned();
             let Some(live) = live else { return self.read_store(id, last_seq, None, query, limit).await };
-            if let Some(page) = live.read_tail(query, limit) {
-                return Ok(page);
-            }
-            match live.place(query.after) {
-                Place::Shipped(upto) => return self.read_store(id, last_seq, Some(upto), query, limit).await,
-                Place::Journal(at) => match ship::load(&self.shared.tasks, &self.shared.journal, at).await {
+            match live.find(query, limit) {
+                Found::Here(page) => return Ok(page),
+                Found::Shipped(upto) => return self.read_store(id, last_seq, Some(upto), query, limit).await,
+                Found::Journal(at) => match ship::load(&self.shared.tasks, &self.shared.journal, at).await {
                     Ok(writes) => return Ok(page_of(id, live.subscribe().borrow().last_seq, writes, query, limit)),
                     // It was shipped in the meantime.
                     Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -250,12 +248,7 @@ impl Events {
                 },
             )
             .await?;
-        let full = events.len() >= limit as usize;
-        let last_read = events.last().map_or(query.after, |event| event.seq);
-        let last_seq = last_seq.max(last_read);
-        let whole = upto.map_or(last_seq, |upto| upto.max(last_read));
-        let next_after = if full { last_read } else { whole.max(query.after) };
-        Ok(Page { events, next_after, last_seq })
+        Ok(page_of_stored(events, last_seq, upto, query.after, limit))
     }
 
     /// The execution is another sidecar's: its log is not this one's to go on with. Readers find it in the database.
@@ -321,6 +314,16 @@ impl Events {
     pub fn live(&self) -> usize {
         self.shared.lock_live().len()
     }
+}
+
+/// What the database gave of a log of which it has all up to `upto` at least, or all there is.
+fn page_of_stored(events: Vec<Event>, last_seq: u64, upto: Option<u64>, after: u64, limit: u32) -> Page {
+    let full = events.len() >= limit as usize;
+    let last_read = events.last().map_or(after, |event| event.seq);
+    let last_seq = last_seq.max(last_read);
+    let whole = upto.map_or(last_seq, |upto| upto.max(last_read));
+    let next_after = if full { last_read } else { whole.max(after) };
+    Page { events, next_after, last_seq }
 }
 
 /// What of a record of the journal a reader wants.

@@ -17,6 +17,7 @@ use crate::opencode::launch::LaunchError;
 use crate::opencode::outcome::Failure;
 use crate::opencode::profile::Profile;
 use crate::sessions::{Ended, Measured, Observer, Parked, Progress, Run, Session, SessionError, Wanted};
+use crate::store::{Outcome, OutcomeFailure};
 use chrono::{DateTime, Utc};
 use secrecy::SecretString;
 use serde_json::json;
@@ -184,6 +185,30 @@ impl Owner {
         self.writer.committed(seq).await;
     }
 
+    /// What is left to do is to end its processes: should the sidecar go away over that, the next life knows how it ended.
+    fn keep_outcome(&self, reason: Reason, failure: Option<&Failure>) {
+        let failure = failure.map(|failure| OutcomeFailure {
+            code: failure.code.clone(),
+            message: failure.message.clone(),
+            retry_after: failure.retry_after,
+        });
+        self.writer.progress(self.lock().record.clone());
+        self.writer.keep_outcome(Outcome { reason, failure });
+    }
+
+    /// Ends it as an earlier life of the sidecar has seen it end; its processes are gone.
+    pub(super) async fn end_as(&self, outcome: Outcome) {
+        let _ = self.step(Command::End(outcome.reason), Vec::new());
+        let mut last_words = Vec::new();
+        if let Some(OutcomeFailure { code, message, retry_after }) = outcome.failure {
+            last_words.push(NewEvent::error(&code, &message, true, retry_after));
+            self.lock().record.error = Some(message);
+        }
+        if let Ok(seq) = self.step(Command::Ended, last_words) {
+            self.writer.committed(seq).await;
+        }
+    }
+
     /// Ends it here and now, where it has no session: it never ran, or its processes are gone already. Returns when
     /// that is durable.
     pub(super) async fn end_now(&self, reason: Reason, message: &str) {
@@ -316,7 +341,10 @@ impl Owner {
         self.lock().record.final_message = ending.final_message;
         // Refused where somebody asked for the end before; then theirs is the reason.
         let failure = match self.step(Command::End(ending.reason), Vec::new()) {
-            Ok(_) => ending.failure,
+            Ok(_) => {
+                self.keep_outcome(ending.reason, ending.failure.as_ref());
+                ending.failure
+            }
             Err(_) => None,
         };
         for (call_id, tool) in &ending.open_tools {

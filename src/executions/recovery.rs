@@ -10,7 +10,7 @@ use crate::failpoint;
 use crate::model::event::{EventType, NewEvent, Severity};
 use crate::model::request::OnRestart;
 use crate::model::{ExecutionRecord, Reason, SessionId, Status};
-use crate::store::StoreError;
+use crate::store::{Outcome, StoreError};
 use chrono::{DateTime, Utc};
 use secrecy::SecretString;
 use serde_json::json;
@@ -28,6 +28,8 @@ const PAUSE: Duration = Duration::from_secs(2);
 enum Fate {
     /// It waits for its turn again, to begin or to go on; for people, why.
     Waits { api_key: SecretString, resumption: Option<Resumption>, message: &'static str },
+    /// Its run had ended.
+    HasEnded(Outcome),
     /// It ends; for people, why.
     Ends(&'static str),
 }
@@ -93,6 +95,14 @@ impl Executions {
                 owner.restarted(calls, message).await;
                 self.shared.lock_held().insert(id, Queued { owner, api_key });
             }
+            Fate::HasEnded(outcome) => {
+                let owner = self.adopt(record, writer, None, None);
+                for call in calls {
+                    owner.writer.append(call).await;
+                }
+                owner.end_as(outcome).await;
+                self.forget(&owner);
+            }
             Fate::Ends(why) => {
                 tracing::warn!(execution = %id, status = was, why, "an execution was interrupted by the end of the sidecar");
                 let owner = self.adopt(record, writer, None, None);
@@ -135,6 +145,9 @@ impl Executions {
     fn fate(&self, standing: &Standing) -> Fate {
         let record = &standing.record;
         let is_waiting = record.status == Status::Pending;
+        if let Some(outcome) = &standing.outcome {
+            return Fate::HasEnded(outcome.clone());
+        }
         if record.ordinal.is_some() {
             return Fate::Ends("The sidecar or its node went away, and the task's session with it.");
         }

@@ -44,6 +44,12 @@ pub struct Position {
 }
 
 impl Position {
+    /// Some place, for those who check what is done with places.
+    #[cfg(test)]
+    pub(crate) fn at(number: u64) -> Self {
+        Self { segment: number, offset: 0 }
+    }
+
     /// The place of the record of this length that ends here.
     pub fn before(self, length: usize) -> Self {
         Self { offset: self.offset.saturating_sub(segment::framed(length)), ..self }

@@ -258,6 +258,7 @@ pub fn apply(state: &State, command: Command, now: DateTime<Utc>) -> Result<(Sta
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn at(seconds: i64) -> DateTime<Utc> {
         DateTime::from_timestamp(1_800_000_000 + seconds, 0).unwrap()
@@ -357,6 +358,52 @@ mod tests {
         let (ending, _) = apply(&resumed, Command::End(Reason::Finished), at(104)).unwrap();
         let (ended, _) = apply(&ending, Command::Ended, at(105)).unwrap();
         assert_eq!(ended.running_time(at(9999)), TimeDelta::seconds(10));
+    }
+
+    fn command() -> impl Strategy<Value = Command> {
+        prop_oneof![
+            Just(Command::Start),
+            Just(Command::Restart),
+            Just(Command::AwaitInput),
+            Just(Command::InputGiven),
+            Just(Command::Pause),
+            Just(Command::Resume),
+            prop::sample::select(Reason::ALL.to_vec()).prop_map(Command::End),
+            Just(Command::Ended),
+        ]
+    }
+
+    proptest! {
+        /// Whatever happens, in whatever order, and however the clock jumps.
+        #[test]
+        fn a_life_is_one(commands in prop::collection::vec((command(), -50i64..100), 0..40)) {
+            let mut state = State::new(at(0));
+            let (mut now, mut first_end, mut written) = (0, None, Status::Pending);
+            for (command, jump) in commands {
+                now += jump;
+                let Ok((next, effects)) = apply(&state, command, at(now)) else { continue };
+                prop_assert!(!state.status.is_final(), "an end is the end");
+                if let Command::End(reason) = command {
+                    prop_assert_eq!(first_end.replace(reason), None, "the first reason wins");
+                }
+                for effect in &effects {
+                    if let Effect::Record { expected, to } = effect {
+                        prop_assert_eq!((*expected, *to), (written, next.status), "a chain without a gap");
+                        written = *to;
+                    }
+                }
+                prop_assert_eq!(written, next.status, "no change that is not written");
+                prop_assert_eq!(next.status.is_final(), effects.contains(&Effect::Complete));
+                prop_assert_eq!(next.reason.is_some(), next.status.is_final());
+                prop_assert_eq!(next.completed_at.is_some(), next.status.is_final());
+                prop_assert_eq!(next.paused_since.is_some(), next.status == Status::Paused);
+                prop_assert!(next.reason.is_none() || next.reason == first_end);
+                prop_assert!(next.status != Status::Completed || first_end == Some(Reason::Finished));
+                prop_assert!(next.running_time(at(now)) >= TimeDelta::zero());
+                prop_assert!(next.paused_time(at(now)) >= TimeDelta::zero());
+                state = next;
+            }
+        }
     }
 
     #[test]

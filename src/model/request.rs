@@ -47,7 +47,7 @@ pub struct TaskRequest {
     /// What the agent may do without asking.
     #[serde(default)]
     pub permissions: Option<PermissionsRequest>,
-    /// What a restart of the sidecar does with the execution: only `fail` in this version.
+    /// What becomes of it where the sidecar goes away while it runs; `resume` only without `session_id`.
     #[serde(default)]
     pub on_restart: Option<OnRestart>,
     /// The caller's own JSON, up to 16 KiB, handed back unread.

@@ -25,4 +25,4 @@ pub use lease::Beats;
 pub use read::{Cursor, EventQuery, HistoryFilter};
 pub use retention::Forgotten;
 pub use sessions::{SessionCursor, SessionView};
-pub use write::{Committed, Fact, Write};
+pub use write::{Committed, Fact, Outcome, OutcomeFailure, Write};

@@ -7,7 +7,7 @@
 use super::row::{bigint, integer, text, texts};
 use super::{Store, StoreError, callbacks, lease, sessions};
 use crate::failpoint;
-use crate::model::{Event, ExecutionId, ExecutionRecord, SessionRecord, Status};
+use crate::model::{Event, ExecutionId, ExecutionRecord, Reason, SessionRecord, Status};
 use serde::{Deserialize, Serialize};
 use sqlx::{Connection, PgConnection};
 use std::collections::BTreeMap;
@@ -43,6 +43,25 @@ pub enum Fact {
     Credentials(String),
     /// OpenCode's id of the conversation that it is about to be prompted in.
     Conversation(String),
+    /// How it has ended; only its processes are still to be ended before that is told.
+    Outcome(Outcome),
+}
+
+/// How a run ended, before the execution has.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    pub reason: Reason,
+    /// What the user is told of a failure.
+    pub failure: Option<OutcomeFailure>,
+}
+
+/// The error event of an [`Outcome`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OutcomeFailure {
+    pub code: String,
+    pub message: String,
+    /// In seconds, where a provider named one.
+    pub retry_after: Option<u64>,
 }
 
 impl Write {

@@ -33,7 +33,21 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("broker", &["model", "tasks"]),
     // Orchestration.
     ("sessions", &["failpoint", "model", "tasks", "secrets", "telemetry", "sandbox", "events", "opencode", "broker"]),
-    ("executions", &["failpoint", "model", "tasks", "secrets", "telemetry", "workspace", "store", "events", "opencode", "sessions"]),
+    (
+        "executions",
+        &[
+            "failpoint",
+            "model",
+            "tasks",
+            "secrets",
+            "telemetry",
+            "workspace",
+            "store",
+            "events",
+            "opencode",
+            "sessions",
+        ],
+    ),
     // Edges.
     ("api", &["model", "tasks", "telemetry", "store", "events", "executions"]),
     ("client", &["model", "sse"]),

@@ -57,7 +57,13 @@ struct Soak {
     tasks: Tasks,
 }
 
-async fn send(at: &Address, method: reqwest::Method, path: &str, key: Option<&str>, body: Option<&Value>) -> Option<(u16, Value)> {
+async fn send(
+    at: &Address,
+    method: reqwest::Method,
+    path: &str,
+    key: Option<&str>,
+    body: Option<&Value>,
+) -> Option<(u16, Value)> {
     let mut request = at.http.request(method, format!("{}{path}", at.base)).bearer_auth(&at.secret);
     if let Some(key) = key {
         request = request.header("idempotency-key", key);

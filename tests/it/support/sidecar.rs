@@ -161,6 +161,11 @@ impl World {
         entries.map(|entry| entry.unwrap().path()).collect()
     }
 
+    /// Starts one that may end by itself before it listens; then gives how, and what it wrote.
+    pub(crate) async fn try_start(&self, changes: &[(&str, &str)]) -> Result<Sidecar, String> {
+        Sidecar::launch(self.environment(changes), |_| ()).await
+    }
+
     /// Starts one that is expected to end by itself; gives how, and what it wrote.
     pub(crate) async fn start_in_vain(&self, changes: &[(&str, &str)]) -> String {
         match Sidecar::launch(self.environment(changes), |_| ()).await {
