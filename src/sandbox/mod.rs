@@ -261,6 +261,8 @@ pub enum Signal {
     Term,
     /// SIGINT.
     Int,
+    /// SIGHUP.
+    Hup,
 }
 
 impl Signal {
@@ -268,6 +270,7 @@ impl Signal {
         match self {
             Self::Term => signal::SIGTERM,
             Self::Int => signal::SIGINT,
+            Self::Hup => signal::SIGHUP,
         }
     }
 }

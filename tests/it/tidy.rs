@@ -34,7 +34,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("sessions", &["model", "tasks", "secrets", "telemetry", "sandbox", "events", "opencode", "broker"]),
     ("executions", &["model", "tasks", "secrets", "telemetry", "workspace", "store", "events", "opencode", "sessions"]),
     // Edges.
-    ("api", &["model", "tasks", "telemetry", "store", "events", "executions"]),
+    ("api", &["model", "tasks", "secrets", "telemetry", "store", "events", "executions"]),
     ("client", &["model", "sse"]),
     ("notify", &["model", "tasks", "telemetry", "store"]),
     ("console", &[]),
