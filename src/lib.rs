@@ -10,7 +10,7 @@
 //! | pure | [`model`] | ids, tasks, events, the state machine of an execution |
 //! | | [`sse`] | reads server-sent events |
 //! | base | [`tasks`] | spawns, tracks and ends every concurrent piece of work |
-//! | | [`secrets`] | makes random tokens, opens sealed keys |
+//! | | [`secrets`] | makes random tokens, opens sealed keys, checks signed tokens |
 //! | | [`telemetry`] | log and metrics |
 //! | | [`config`] | the environment, read once |
 //! | owners of I/O | [`sandbox`] | processes: the jail, their confinement, the proof that nothing is left, the shell tap |
@@ -81,6 +81,7 @@
 //! | which routes there are | [`api::openapi`], and the handlers in [`api::tasks`] and [`api::stream`] |
 //! | the pages for people | `docs/`, and `api::pages`, which serves them; `tests/it/docs` holds them to the code |
 //! | how the backend learns of a status | `store::callbacks`, where it is kept, and [`notify`], which tells it |
+//! | who may do what | [`api::auth`]; each route names its scope beside its path; `secrets::token` for how tokens are checked |
 //! | which error has which status | [`api::problem`] |
 //! | what the command line can do | `src/cli.rs`, then `cli::exec` and `cli::watch` |
 //! | how a dropped stream goes on | [`client::follow`] |

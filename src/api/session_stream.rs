@@ -100,7 +100,6 @@ fn frames(
         let mut expired = pin!(expired(caller.as_ref()));
         loop {
             let step = tokio::select! {
-                biased;
                 () = &mut expired => {
                     yield Ok(Bytes::from_static(b": the credential has expired\n\n"));
                     return;

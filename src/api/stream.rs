@@ -137,7 +137,6 @@ fn server_sent_events(
         let mut expired = pin!(expired(caller.as_ref()));
         loop {
             let next = tokio::select! {
-                biased;
                 () = &mut expired => {
                     yield Ok(Bytes::from_static(b": the credential has expired\n\n"));
                     return;
@@ -262,7 +261,6 @@ impl Socket {
         let mut ping = tokio::time::interval_at(tokio::time::Instant::now() + PING, PING);
         loop {
             tokio::select! {
-                biased;
                 () = caller.expired() => return Ok(EXPIRED),
                 next = cursor.next() => match next {
                     Ok(Next::Events(events)) => {

@@ -1,5 +1,7 @@
 //! Credentials change while the sidecar runs.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test's own helpers fail like the test")]
+
 use crate::support::mint::{Signer, claims};
 use crate::support::sidecar::{Sidecar, World, frame, soon};
 use opencode_sidecar::sandbox::Signal;

@@ -1,5 +1,7 @@
 //! What a token opens while it lasts, and what becomes of its stream when it ends.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test's own helpers fail like the test")]
+
 use crate::support::mint::{Signer, but, claims, in_seconds};
 use crate::support::sidecar::{Sidecar, Socket, World, answer, frame, soon};
 use base64::Engine;
@@ -148,9 +150,9 @@ async fn reading_ends_with_the_token_unless_it_is_replaced() {
     }
     let code = loop {
         use futures_util::StreamExt;
-        match soon("the end of a terminal", terminal.next()).await.unwrap().unwrap() {
-            Message::Close(close) => break u16::from(close.unwrap().code),
-            _ => {}
+        let message = soon("the end of a terminal", terminal.next()).await.unwrap().unwrap();
+        if let Message::Close(close) = message {
+            break u16::from(close.unwrap().code);
         }
     };
     assert_eq!(code, 4401);
