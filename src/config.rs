@@ -209,6 +209,7 @@ impl Config {
         };
         check_ports(&config, &mut r);
         check_uids(&config, &mut r);
+        check_credentials(&config, &mut r);
         for name in not_yet() {
             r.refuse_if_set(name, "is set, but this version does not support it yet");
         }
@@ -358,6 +359,17 @@ fn check_uids(config: &Config, r: &mut Reader<'_>) {
     let needed = 2 * config.max_concurrent_tasks + config.warm_pool_size;
     if r.is_good(&names) && config.session_uids() < needed {
         r.fail(&names, "the range must hold two user ids for each concurrent task, and one for each warm session");
+    }
+}
+
+/// A session that could write such a file would make itself a credential.
+fn check_credentials(config: &Config, r: &mut Reader<'_>) {
+    let Sources { shared_secret, tokens } = &config.credentials;
+    let shared = shared_secret.as_ref().map(|source| ("OPENCODE_SHARED_SECRET_FILE", source));
+    for (name, source) in shared.into_iter().chain(tokens.as_ref().map(|tokens| (tokens.variable(), tokens.source()))) {
+        if source.path().is_some_and(|path| path.starts_with(&config.workspace_dir)) {
+            r.fail(&[name, "WORKSPACE_DIR"], "the file must not lie in the workspace, which sessions can change");
+        }
     }
 }
 

@@ -239,6 +239,10 @@ fn a_credential_has_one_form_and_tokens_one_kind_of_key() {
     }
     let kinds = [("JWT_SECRET", &*long), ("JWT_PUBLIC_KEY_FILE", "/f"), ("JWT_JWKS_FILE", "/g")];
     assert_eq!(bad(&kinds), vec![kinds.map(|(name, _)| name).to_vec()]);
+    for file in ["OPENCODE_SHARED_SECRET_FILE", "JWT_SECRET_FILE", "JWT_PUBLIC_KEY_FILE", "JWT_JWKS_FILE"] {
+        assert_eq!(bad(&[("WORKSPACE_DIR", "/w"), (file, "/w/keys/f")]), vec![vec![file, "WORKSPACE_DIR"]]);
+        assert!(read(&[("WORKSPACE_DIR", "/w"), (file, "/wide/f")]).is_ok());
+    }
     let read = read(&[("OPENCODE_SHARED_SECRET_FILE", "/f"), ("JWT_JWKS_FILE", "/g")]).unwrap().credentials;
     assert!(read.shared_secret.unwrap().is_file());
     assert_eq!(read.tokens.unwrap().variable(), "JWT_JWKS_FILE");

@@ -1,9 +1,10 @@
 //! What `jsonwebtoken` computes with: `ring`, for the four algorithms of the contract and no other.
 //!
 //! The crate takes its cryptography from a provider. Its own two would bring a second implementation of all of it beside
-//! the one that is in this binary already, under TLS: `aws-lc` (banned in `deny.toml`), or some thirty crates of which
-//! `rsa` has an advisory that is open. Version 9, which used `ring` by itself, is not kept any more and has one too
-//! (claims of the wrong type were passed over). So this hands over to `ring`, and decides nothing.
+//! the one that is in this binary already, under TLS: `aws-lc` (banned in `deny.toml`), or more than forty crates, of
+//! which `rsa` has an advisory that is open (RUSTSEC-2023-0071). Version 9 used `ring` by itself, but is not kept any more:
+//! what 10.3 mended (claims of a wrong type that were passed over) was not mended there. So this hands over to `ring`, and
+//! decides nothing.
 
 use jsonwebtoken::crypto::{CryptoProvider, JwtSigner, JwtVerifier, KeyUtils};
 use jsonwebtoken::errors::{ErrorKind, Result, new_error};

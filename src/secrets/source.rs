@@ -3,7 +3,7 @@
 use super::token::{KeyError, TokenKeys};
 use secrecy::{ExposeSecret, SecretString};
 use std::io::{self, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The largest file with a credential, in bytes.
 const MAX_FILE: u64 = 64 * 1024;
@@ -46,7 +46,15 @@ impl Source {
 
     /// Whether it may change.
     pub fn is_file(&self) -> bool {
-        matches!(self, Self::File(_))
+        self.path().is_some()
+    }
+
+    /// The file, where it is one.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Given(_) => None,
+            Self::File(path) => Some(path),
+        }
     }
 }
 

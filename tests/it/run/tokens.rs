@@ -123,7 +123,7 @@ async fn reading_ends_with_the_token_unless_it_is_replaced() {
     let (status, _) = sidecar.post("/sessions", json!({ "session_id": session })).await;
     assert_eq!(status, 201);
 
-    let short = but(&claims(PROJECT, "tasks:read tasks:control"), json!({ "exp": in_seconds(8) }));
+    let short = but(&claims(PROJECT, "tasks:read tasks:control"), json!({ "exp": in_seconds(20) }));
     let narrow = signer.token(&but(&short, json!({ "execution_id": id })));
     let short = signer.token(&short);
     let mut socket = browser(&sidecar, &id, &narrow).await;
