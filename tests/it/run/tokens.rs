@@ -6,7 +6,7 @@ use crate::support::mint::{Signer, but, claims, in_seconds};
 use crate::support::sidecar::{Sidecar, Socket, World, answer, frame, soon};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use futures_util::SinkExt;
+use futures_util::{SinkExt, StreamExt};
 use opencode_sidecar::scripted::Script;
 use reqwest::{Method, Response};
 use serde_json::{Value, json};
@@ -111,7 +111,15 @@ async fn a_stream_token_reads_one_execution_and_does_nothing_else() {
     again.stop().await;
 }
 
-/// Two sockets, an SSE stream, one of a session and a terminal, all with a token that ends while they read.
+/// How long a token lasts that is to end while it reads, in seconds: long enough to open everything on a busy machine.
+const SHORT: i64 = 20;
+
+/// What a stream of server-sent events says where its credential ends.
+async fn ends_without_an_end(stream: Response) {
+    let text = soon("the end of a stream", stream.text()).await.unwrap();
+    assert!(text.ends_with(": the credential has expired\n\n") && !text.contains("event: complete"), "{text}");
+}
+
 #[tokio::test]
 async fn reading_ends_with_the_token_unless_it_is_replaced() {
     let world = World::new().await;
@@ -119,20 +127,12 @@ async fn reading_ends_with_the_token_unless_it_is_replaced() {
     let signer = Signer::hmac(KEY);
     let id = sidecar.submit(&endless()).await;
     sidecar.stream(&id, 0).await.until("work", |e| e["type"] == "stdout").await;
-    let session = uuid::Uuid::new_v4();
-    let (status, _) = sidecar.post("/sessions", json!({ "session_id": session })).await;
-    assert_eq!(status, 201);
 
-    let short = but(&claims(PROJECT, "tasks:read tasks:control"), json!({ "exp": in_seconds(20) }));
-    let narrow = signer.token(&but(&short, json!({ "execution_id": id })));
-    let short = signer.token(&short);
-    let mut socket = browser(&sidecar, &id, &narrow).await;
-    let mut replaced = browser(&sidecar, &id, &narrow).await;
-    let stream = follow(&sidecar, &format!("/tasks/{id}/stream"), &narrow).await;
-    let of_session = follow(&sidecar, &format!("/sessions/{session}/stream"), &short).await;
-    let offered = format!("opencode.stream.v1, bearer.{}", URL_SAFE_NO_PAD.encode(&short));
-    let path = format!("/sessions/{session}/terminal");
-    let mut terminal = sidecar.socket_with(&path, &[("sec-websocket-protocol", &offered)]).await;
+    let changes = json!({ "exp": in_seconds(SHORT), "execution_id": id });
+    let short = signer.token(&but(&claims(PROJECT, "tasks:read tasks:control"), changes));
+    let mut socket = browser(&sidecar, &id, &short).await;
+    let mut replaced = browser(&sidecar, &id, &short).await;
+    let stream = follow(&sidecar, &format!("/tasks/{id}/stream"), &short).await;
 
     // A token of another execution does not replace it; a good one does, and brings its own scopes.
     for wrong in [json!({ "execution_id": uuid::Uuid::now_v7() }), json!({ "exp": in_seconds(-1) })] {
@@ -144,19 +144,8 @@ async fn reading_ends_with_the_token_unless_it_is_replaced() {
     assert_eq!(ask(&mut replaced, json!({ "type": "auth", "token": reader })).await, ack);
 
     assert_eq!(closed(&mut socket).await, 4401);
-    for stream in [stream, of_session] {
-        let text = soon("the end of a stream", stream.text()).await.unwrap();
-        assert!(text.ends_with(": the credential has expired\n\n") && !text.contains("event: complete"), "{text}");
-    }
-    let code = loop {
-        use futures_util::StreamExt;
-        let message = soon("the end of a terminal", terminal.next()).await.unwrap().unwrap();
-        if let Message::Close(close) = message {
-            break u16::from(close.unwrap().code);
-        }
-    };
-    assert_eq!(code, 4401);
-    assert_eq!(closed(&mut browser(&sidecar, &id, &narrow).await).await, 4401);
+    ends_without_an_end(stream).await;
+    assert_eq!(closed(&mut browser(&sidecar, &id, &short).await).await, 4401);
 
     // This one reads on, and may only read now.
     assert_eq!(ask(&mut replaced, json!({ "type": "cancel" })).await["code"], "forbidden");
@@ -165,6 +154,29 @@ async fn reading_ends_with_the_token_unless_it_is_replaced() {
     assert_eq!(ask(&mut replaced, json!({ "type": "auth", "token": all })).await, ack);
     assert_eq!(ask(&mut replaced, json!({ "type": "cancel" })).await, json!({ "type": "ack", "of": "cancel" }));
     assert_eq!(closed(&mut replaced).await, 1000);
+    sidecar.stop().await;
+}
+
+#[tokio::test]
+async fn a_sessions_stream_and_terminal_end_with_the_token() {
+    let world = World::new().await;
+    let sidecar = world.start(&[("JWT_SECRET", KEY)]).await;
+    let session = uuid::Uuid::new_v4();
+    assert_eq!(sidecar.post("/sessions", json!({ "session_id": session })).await.0, 201);
+    let changes = json!({ "exp": in_seconds(SHORT) });
+    let short = Signer::hmac(KEY).token(&but(&claims(PROJECT, "tasks:read tasks:control"), changes));
+    let stream = follow(&sidecar, &format!("/sessions/{session}/stream"), &short).await;
+    let offered = format!("opencode.stream.v1, bearer.{}", URL_SAFE_NO_PAD.encode(&short));
+    let path = format!("/sessions/{session}/terminal");
+    let mut terminal = sidecar.socket_with(&path, &[("sec-websocket-protocol", &offered)]).await;
+    let code = loop {
+        let message = soon("the end of a terminal", terminal.next()).await.unwrap().unwrap();
+        if let Message::Close(close) = message {
+            break u16::from(close.unwrap().code);
+        }
+    };
+    assert_eq!(code, 4401);
+    ends_without_an_end(stream).await;
     assert_eq!(sidecar.send(Method::DELETE, &format!("/sessions/{session}"), None).await.0, 200);
     sidecar.stop().await;
 }
