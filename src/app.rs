@@ -3,7 +3,7 @@
 //! [`App::build`] does everything that can fail; [`App::run`] serves on a listener until it is told to stop. No logic
 //! of the domain is here.
 
-use crate::api::auth::Auth;
+use crate::api::auth::{Auth, AuthSettings, CredentialErrors, Unscoped};
 use crate::api::openapi::{Edge, Routes, assemble};
 use crate::api::probes::{Checks, Probes, Readiness};
 use crate::api::sessions::SessionsApi;
@@ -98,6 +98,10 @@ pub enum StartError {
     Notify(#[from] notify::ClientError),
     #[error("the metrics are not well-formed")]
     Metrics(#[from] prometheus::Error),
+    #[error("the credentials cannot be used")]
+    Credentials(#[from] CredentialErrors),
+    #[error("the routes are not well-formed")]
+    Routes(#[from] Unscoped),
 }
 
 /// What `run` could not do in the time that it had.
@@ -250,6 +254,14 @@ impl App {
     pub async fn build(config: Config, executable: PathBuf) -> Result<Self, StartError> {
         let tasks = Tasks::new();
         let metrics = Metrics::new()?;
+        let settings = AuthSettings {
+            sources: config.credentials.clone(),
+            project: config.project_id.clone(),
+            off: config.auth_off,
+            slowing: Default::default(),
+        };
+        let auth = Auth::new(settings, metrics.clone())?;
+        auth.watch(&tasks);
         let state = StateDir::open(&config.state_dir)?;
         let roll = config.state_dir.join("jails");
         let mut sandbox =
@@ -372,7 +384,7 @@ impl App {
             tasks.clone(),
             metrics.clone(),
         );
-        let notifier = notifier(&config, state.instance, &database.store, &metrics, &tasks)?;
+        let notifier = notifier(&config, &auth, state.instance, &database.store, &metrics, &tasks)?;
         executions.recover(inherited, journal.power_lost()).await;
         // Only now: a start that ended before this would have the next one forget a loss of power.
         journal.begin().map_err(StartError::Journal)?;
@@ -381,7 +393,6 @@ impl App {
         tasks.spawn("idle sessions", executions.clone().look_after_sessions());
         tasks.spawn("retention", executions.clone().forget_old());
         let streams = CancellationToken::new();
-        let auth = Auth::new(config.shared_secret.clone(), config.auth_off);
         let readiness = Ready {
             mode: config.sandbox,
             protections,
@@ -399,12 +410,16 @@ impl App {
             let readiness = readiness.clone();
             async move { readiness.checks().await }
         });
-        let edge = Edge { auth: auth.clone(), probes: Probes { metrics, readiness }, limits: Default::default() };
-        let api = TasksApi { executions: executions.clone() };
-        let sockets = Sockets::new(auth.clone(), streams.clone());
+        let edge = Edge {
+            auth: auth.clone(),
+            probes: Probes { metrics, readiness },
+            limits: Default::default(),
+            metrics_auth: config.metrics_auth,
+        };
+        let api = TasksApi { executions: executions.clone(), auth };
+        let sockets = Sockets::new(streams.clone());
         let sessions_api = SessionsApi {
             executions: executions.clone(),
-            auth,
             shutdown: streams.clone(),
             open_streams: config.sessions_stream_unauthenticated,
             sockets: sockets.clone(),
@@ -414,7 +429,7 @@ impl App {
             streams: crate::api::stream::routes(StreamApi { tasks: api, sockets })
                 .merge(crate::api::sessions::streams(sessions_api)),
         };
-        let (router, _) = assemble(&edge, routes);
+        let (router, _) = assemble(&edge, routes)?;
         Ok(Self { config, tasks, sandbox, database, journal, executions, sessions, notifier, router, streams, state })
     }
 
@@ -509,6 +524,7 @@ async fn journal(config: &Config, tasks: &Tasks) -> Result<Arc<Journal>, StartEr
 /// Starts what tells the backend, where there is one.
 fn notifier(
     config: &Config,
+    auth: &Auth,
     owner: Uuid,
     store: &Store,
     metrics: &Metrics,
@@ -517,7 +533,7 @@ fn notifier(
     let Some(backend) = config.backend_api_url.clone() else { return Ok(None) };
     let settings = notify::Settings {
         backend,
-        secret: config.shared_secret.clone(),
+        secret: auth.shared_secret(),
         project: config.project_id.clone(),
         owner,
         pace: notify::Pace::default(),
@@ -610,15 +626,11 @@ impl Ready {
             }
             None => checks.with("state", "unknown", None),
         };
-        checks = match self.auth.state() {
-            "ok" if self.open_streams => checks.with(
-                "auth",
-                "ok",
-                Some("SESSIONS_STREAM_UNAUTHENTICATED: GET /sessions/{id}/stream is open to all"),
-            ),
-            "ok" => checks.with("auth", "ok", None),
-            state => checks.with("auth", state, None),
-        };
+        let (auth, detail) = self.auth.state();
+        let open = "SESSIONS_STREAM_UNAUTHENTICATED: GET /sessions/{id}/stream is open to all";
+        let open = (self.open_streams && self.auth.is_configured()).then(|| open.to_owned());
+        let details: Vec<_> = detail.into_iter().chain(open).collect();
+        checks = checks.with("auth", auth, (!details.is_empty()).then(|| details.join("; ")).as_deref());
         if self.executions.is_closing() {
             checks = checks.failing("shutdown", "failed", Some("the sidecar is shutting down"));
         }

@@ -9,7 +9,7 @@ mod reference;
 pub use reference::{Variable, not_yet, reference};
 
 use crate::model::task::{LEAST_CPU_MILLIS, LEAST_DISK, LEAST_MEMORY, LEAST_PIDS, Limits, Provider};
-use crate::secrets::{Keyring, SealingKey};
+use crate::secrets::{Keyring, SealingKey, Sources, TokenKeys, TokenSource};
 use crate::telemetry::LogFormat;
 use chrono::TimeDelta;
 use read::Reader;
@@ -87,11 +87,14 @@ pub struct Config {
     pub default_model: Option<DefaultModel>,
     /// Opens keys that come encrypted; `None`: such are refused.
     pub keyring: Option<Keyring>,
-    pub shared_secret: Option<SecretString>,
+    /// What callers show; files are not read here.
+    pub credentials: Sources,
     /// Base URL of the backend that is told how its sessions stand.
     pub backend_api_url: Option<Url>,
     /// `AUTH=off`.
     pub auth_off: bool,
+    /// `METRICS_AUTH=required`.
+    pub metrics_auth: bool,
     /// Whether `GET /sessions/{id}/stream` needs no credential.
     pub sessions_stream_unauthenticated: bool,
     pub model_header_timeout: Duration,
@@ -188,9 +191,10 @@ impl Config {
             opencode_command: r.path("OPENCODE_COMMAND"),
             default_model: default_model(&mut r),
             keyring: keyring(&mut r),
-            shared_secret: r.secret("OPENCODE_SHARED_SECRET"),
+            credentials: credentials(&mut r),
             backend_api_url: r.optional("BACKEND_API_URL", PLAIN_URL, endpoint),
             auth_off: r.flag("AUTH", "off"),
+            metrics_auth: r.flag("METRICS_AUTH", "required"),
             sessions_stream_unauthenticated: r.flag("SESSIONS_STREAM_UNAUTHENTICATED", "1"),
             model_header_timeout: r.seconds("MODEL_HEADER_TIMEOUT", HOUR),
             model_idle_timeout: r.seconds("MODEL_IDLE_TIMEOUT", HOUR),
@@ -207,6 +211,7 @@ impl Config {
         };
         check_ports(&config, &mut r);
         check_uids(&config, &mut r);
+        check_credentials(&config, &mut r);
         for name in not_yet() {
             r.refuse_if_set(name, "is set, but this version does not support it yet");
         }
@@ -278,6 +283,31 @@ fn default_model(r: &mut Reader<'_>) -> Option<DefaultModel> {
     Some(DefaultModel { provider: provider?, model: model?, api_key: api_key?, endpoint: endpoint.or(public)? })
 }
 
+/// The shared secret, and at most one kind of key for tokens.
+fn credentials(r: &mut Reader<'_>) -> Sources {
+    let shared_secret =
+        r.credential("OPENCODE_SHARED_SECRET", "OPENCODE_SHARED_SECRET_FILE", VISIBLE_ASCII, is_visible_ascii);
+    let secret = r.credential("JWT_SECRET", "JWT_SECRET_FILE", "32 or more visible ASCII characters", |text| {
+        text.len() >= 32 && is_visible_ascii(text)
+    });
+    let expected = "a public key in PEM (`BEGIN PUBLIC KEY`): RSA of 2048 bits or more, P-256, or Ed25519";
+    let public =
+        r.credential("JWT_PUBLIC_KEY", "JWT_PUBLIC_KEY_FILE", expected, |text| TokenKeys::of_pem(text).is_ok());
+    let set = r.credential_file("JWT_JWKS_FILE");
+
+    let kinds: [&[&'static str]; 3] =
+        [&["JWT_SECRET", "JWT_SECRET_FILE"], &["JWT_PUBLIC_KEY", "JWT_PUBLIC_KEY_FILE"], &["JWT_JWKS_FILE"]];
+    let named: Vec<_> = kinds.iter().filter_map(|names| names.iter().copied().find(|name| r.is_set(name))).collect();
+    if named.len() > 1 {
+        r.fail(&named, "are different kinds of key for tokens; set one of them");
+    }
+    let tokens = secret.map(TokenSource::Secret).or(public.map(TokenSource::PublicKey));
+    Sources { shared_secret, tokens: tokens.or(set.map(TokenSource::KeySet)) }
+}
+
+/// What a header can carry. A line end would make a secret that nobody can send.
+const VISIBLE_ASCII: &str = "visible ASCII characters, without spaces or line ends";
+
 fn keyring(r: &mut Reader<'_>) -> Option<Keyring> {
     let (name, older) = ("ENCRYPTION_KEY", "ENCRYPTION_KEY_PREVIOUS");
     let expected = "the base64 of 32 bytes, such as `openssl rand -base64 32` writes";
@@ -331,6 +361,17 @@ fn check_uids(config: &Config, r: &mut Reader<'_>) {
     let needed = 2 * config.max_concurrent_tasks + config.warm_pool_size;
     if r.is_good(&names) && config.session_uids() < needed {
         r.fail(&names, "the range must hold two user ids for each concurrent task, and one for each warm session");
+    }
+}
+
+/// A session that could write such a file would make itself a credential.
+fn check_credentials(config: &Config, r: &mut Reader<'_>) {
+    let Sources { shared_secret, tokens } = &config.credentials;
+    let shared = shared_secret.as_ref().map(|source| ("OPENCODE_SHARED_SECRET_FILE", source));
+    for (name, source) in shared.into_iter().chain(tokens.as_ref().map(|tokens| (tokens.variable(), tokens.source()))) {
+        if source.path().is_some_and(|path| path.starts_with(&config.workspace_dir)) {
+            r.fail(&[name, "WORKSPACE_DIR"], "the file must not lie in the workspace, which sessions can change");
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use crate::host::{executable, fail, stop_signal};
 use crate::model::TaskId;
 use crate::model::task::Provider;
 use crate::scripted::{Script, ScriptedModel, Step};
-use crate::secrets::random_token;
+use crate::secrets::{Source, random_token};
 use crate::tasks::Tasks;
 use crate::telemetry;
 use anstyle::{AnsiColor, Style};
@@ -109,7 +109,7 @@ async fn demonstrate(prompt: Option<String>) -> Result<bool, DemoError> {
     let workspace = workspace.canonicalize()?;
     config.workspace_dir.clone_from(&workspace);
     let secret = random_token()?;
-    config.shared_secret = Some(secret.clone());
+    config.credentials.shared_secret = Some(Source::Given(secret.clone()));
     config.sandbox = SandboxMode::BestEffort;
     config.host = IpAddr::V4(Ipv4Addr::LOCALHOST);
     config.port = 0;

@@ -11,7 +11,7 @@
 //! | | [`sse`] | reads server-sent events |
 //! | base | [`failpoint`] | places where a test may end this process; nothing in a release |
 //! | | [`tasks`] | spawns, tracks and ends every concurrent piece of work |
-//! | | [`secrets`] | makes random tokens, opens sealed keys |
+//! | | [`secrets`] | makes random tokens, seals and opens keys, checks signed tokens |
 //! | | [`telemetry`] | log and metrics |
 //! | | [`config`] | the environment, read once |
 //! | owners of I/O | [`sandbox`] | processes: the jail, their confinement, the proof that nothing is left, the shell tap |
@@ -82,6 +82,7 @@
 //! | which routes there are | [`api::openapi`], and the handlers in [`api::tasks`] and [`api::stream`] |
 //! | the pages for people | `docs/`, and `api::pages`, which serves them; `tests/it/docs` holds them to the code |
 //! | how the backend learns of a status | `store::callbacks`, where it is kept, and [`notify`], which tells it |
+//! | who may do what | [`api::auth`]; each route names its scope beside its path; `secrets::token` for how tokens are checked |
 //! | which error has which status | [`api::problem`] |
 //! | what the command line can do | `src/cli.rs`, then `cli::exec` and `cli::watch` |
 //! | how a dropped stream goes on | [`client::follow`] |

@@ -1,9 +1,14 @@
-//! Making secrets, and opening sealed ones (`seal`). Keeping them is the business of whoever holds them, as
-//! `SecretString`.
+//! Making secrets, reading them from where they are (`source`), opening sealed ones (`seal`), and checking what was signed
+//! with one (`token`, over `provider`). Keeping them is the business of whoever holds them, as `SecretString`.
 
+mod provider;
 mod seal;
+mod source;
+mod token;
 
 pub use seal::{Keyring, OpenError, SealingKey};
+pub use source::{Source, Sources, TokenSource, secrets};
+pub use token::{AUDIENCE, KeyError, TokenError, TokenKeys, TokenMaker};
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;

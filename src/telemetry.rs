@@ -130,6 +130,39 @@ impl CallbackOutcome {
     }
 }
 
+/// Why a request was not let in, as the metrics count it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AuthRefusal {
+    /// It had no credential.
+    Missing,
+    /// Its credential is none of ours, or a token that says too little.
+    Invalid,
+    /// Its token has expired.
+    Expired,
+    /// Its token is for another audience or project.
+    Elsewhere,
+    /// Its credential is good, and not for this.
+    Scope,
+    /// Counted beside one of the first ones: so many had failed that it was turned away at once.
+    TooMany,
+}
+
+impl AuthRefusal {
+    const ALL: [Self; 6] = [Self::Missing, Self::Invalid, Self::Expired, Self::Elsewhere, Self::Scope, Self::TooMany];
+
+    /// The word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Missing => "missing",
+            Self::Invalid => "invalid",
+            Self::Expired => "expired",
+            Self::Elsewhere => "elsewhere",
+            Self::Scope => "scope",
+            Self::TooMany => "too_many",
+        }
+    }
+}
+
 /// The sidecar's metrics. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Metrics(Arc<Inner>);
@@ -140,6 +173,7 @@ struct Inner {
     started: Instant,
     http_requests: IntCounterVec,
     http_duration: HistogramVec,
+    auth_refused: IntCounterVec,
     executions: IntCounterVec,
     running: IntGauge,
     queued: IntGauge,
@@ -206,6 +240,7 @@ impl Metrics {
                 &["route", "method"],
                 exponential_buckets(0.001, 4.0, 8)?,
             )?,
+            auth_refused: make.counters("auth_refused_total", "Requests that were not let in.", &["why"])?,
             executions: make.counters("executions_total", "Executions that ended.", &["status", "reason"])?,
             running: make.gauge(&format!("{PREFIX}executions_running"), "Executions that run.")?,
             queued: make.gauge(&format!("{PREFIX}executions_queued"), "Executions that wait for a place.")?,
@@ -250,6 +285,9 @@ impl Metrics {
         for outcome in CallbackOutcome::ALL {
             inner.callbacks.with_label_values(&[outcome.as_str()]);
         }
+        for why in AuthRefusal::ALL {
+            inner.auth_refused.with_label_values(&[why.as_str()]);
+        }
         for kind in REMOVED {
             inner.retention.with_label_values(&[kind]);
         }
@@ -272,6 +310,11 @@ impl Metrics {
         let code = status.to_string();
         self.0.http_requests.with_label_values(&[route, method, &code]).inc();
         self.0.http_duration.with_label_values(&[route, method]).observe(took.as_secs_f64());
+    }
+
+    /// A request was not let in.
+    pub fn auth_refused(&self, why: AuthRefusal) {
+        self.0.auth_refused.with_label_values(&[why.as_str()]).inc();
     }
 
     /// An execution ended; `ran` is `None` where it never started.
@@ -361,6 +404,7 @@ mod tests {
         let before = metrics.render().unwrap();
         for line in [
             "opencode_sidecar_executions_total{reason=\"finished\",status=\"completed\"} 0",
+            "opencode_sidecar_auth_refused_total{why=\"expired\"} 0",
             "opencode_sidecar_executions_running 0",
             "opencode_sidecar_executions_queued 0",
             "opencode_sidecar_execution_duration_seconds_count{status=\"failed\"} 0",
@@ -375,6 +419,7 @@ mod tests {
         }
         metrics.http_request("/tasks/{execution_id}", &Method::GET, 200, Duration::from_millis(2));
         metrics.http_request("none", &Method::from_bytes(b"BREW").unwrap(), 404, Duration::ZERO);
+        metrics.auth_refused(AuthRefusal::Scope);
         metrics.execution_ended(Reason::Timeout, Some(Duration::from_secs(3)));
         metrics.execution_ended(Reason::Cancelled, None);
         metrics.set_running(2);
@@ -391,6 +436,7 @@ mod tests {
             "opencode_sidecar_http_requests_total{method=\"GET\",route=\"/tasks/{execution_id}\",status=\"200\"} 1",
             "opencode_sidecar_http_requests_total{method=\"other\",route=\"none\",status=\"404\"} 1",
             "opencode_sidecar_http_request_duration_seconds_count{method=\"GET\",route=\"/tasks/{execution_id}\"} 1",
+            "opencode_sidecar_auth_refused_total{why=\"scope\"} 1",
             "opencode_sidecar_executions_total{reason=\"timeout\",status=\"failed\"} 1",
             "opencode_sidecar_executions_total{reason=\"cancelled\",status=\"cancelled\"} 1",
             "opencode_sidecar_execution_duration_seconds_count{status=\"failed\"} 1",

@@ -54,13 +54,13 @@ impl Page {
     }
 
     fn operation(&mut self, path: &str, method: &str, operation: &Value) {
-        let open = operation["security"].as_array().is_none_or(Vec::is_empty);
+        let scope = &operation["security"][0]["bearer"][0];
         self.put(format_args!(
             "<details><summary><span class=\"m {method}\">{method}</span> <code>{}</code> {} <span class=k>{}</span>\
              </summary><p>{}</p>",
             escape(path),
             text(&operation["summary"]),
-            if open { "no credential" } else { "" },
+            scope.as_str().map_or("no credential".to_owned(), escape),
             text(&operation["description"]),
         ));
         let parameters = operation["parameters"].as_array();

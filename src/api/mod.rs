@@ -1,6 +1,6 @@
 //! The HTTP edge: the only part that knows status codes.
 //!
-//! [`server`] takes connections, [`layers`] wraps every request, [`auth`] lets in, [`extract`] reads what came,
+//! [`server`] takes connections, [`layers`] wraps every request, [`auth`] lets in whoever has the scope that a route names, [`extract`] reads what came,
 //! [`problem`] says what is wrong, [`sockets`] is common to WebSockets, [`openapi`] joins routes and document, `docs` and `pages` are for people to read.
 //! Handlers turn requests into calls of the
 //! services and results into answers; they hold no logic of the domain, no SQL and no processes.

@@ -1,11 +1,12 @@
 //! Routes and document from one place: who adds a route, documents it.
 
-use crate::api::auth::{self, Auth};
+use crate::api::auth::{self, Auth, Guard, Scope, Table, Unscoped};
 use crate::api::layers::{self, Around, EdgeLimits};
 use crate::api::probes;
 use crate::api::probes::{Probes, Served};
 use crate::api::problem::ProblemDocument;
 use axum::{Extension, Router, middleware};
+use http::Method;
 use utoipa::openapi::path::{Operation, PathItem};
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
 use utoipa::openapi::{
@@ -26,8 +27,8 @@ const PROBLEM: &str = "Problem";
 pub struct Routes {
     /// Ordinary routes: a credential is required, and the answer must begin in time.
     pub protected: OpenApiRouter,
-    /// Streams: no time limit, and **they judge the credential themselves** (`Auth::presented`), since a WebSocket
-    /// may send it as its first frame. The document says that they need one.
+    /// Streams: no time limit, and **they refuse by themselves** (`Admission`), since a WebSocket may send its credential
+    /// as its first frame. The document says that they need one.
     pub streams: OpenApiRouter,
 }
 
@@ -37,6 +38,8 @@ pub struct Edge {
     pub auth: Auth,
     pub probes: Probes,
     pub limits: EdgeLimits,
+    /// `METRICS_AUTH=required`.
+    pub metrics_auth: bool,
 }
 
 /// The document's frame: what it says without any route.
@@ -49,8 +52,10 @@ fn frame() -> OpenApi {
     let server = ServerBuilder::new().url("/").description(Some("The sidecar in the project's pod, port 3003")).build();
     let mut http = Http::new(HttpAuthScheme::Bearer);
     http.description = Some(
-        "`OPENCODE_SHARED_SECRET`. A browser's WebSocket offers the subprotocols `opencode.stream.v1` and \
-         `bearer.<base64url of the token>`, or sends `{\"type\":\"auth\",\"token\"}` first."
+        "`OPENCODE_SHARED_SECRET`, which has all scopes; or a JWT for the audience `opencode-sidecar` and this `project_id` \
+         with the `scope` that an operation names, and perhaps for one `execution_id` alone. A browser's WebSocket offers \
+         the subprotocols `opencode.stream.v1` and `bearer.<base64url of the token>`, or sends \
+         `{\"type\":\"auth\",\"token\"}` first."
             .to_owned(),
     );
     let mut components = Components::new();
@@ -80,8 +85,9 @@ fn complete(mut document: OpenApi, secured: bool) -> OpenApi {
         let responses = &mut operation.responses.responses;
         responses.entry("default".to_owned()).or_insert_with(problem);
         if secured {
-            responses.entry("401".to_owned()).or_insert_with(problem);
-            operation.security = Some(vec![SecurityRequirement::new::<_, [&str; 0], _>(BEARER, [])]);
+            for status in ["401", "403"] {
+                responses.entry(status.to_owned()).or_insert_with(problem);
+            }
         } else {
             // An empty list: none, also where a default is set one day.
             operation.security = Some(Vec::new());
@@ -90,14 +96,46 @@ fn complete(mut document: OpenApi, secured: bool) -> OpenApi {
     document
 }
 
+/// The scope of each operation of a group that needs a credential.
+fn scopes(document: &OpenApi) -> Result<Vec<(String, Method, Scope)>, Unscoped> {
+    let mut found = Vec::new();
+    for (path, item) in &document.paths.paths {
+        for (method, operation) in methods(item) {
+            let scope = operation.security.as_deref().and_then(scope_of);
+            let scope = scope.ok_or_else(|| Unscoped(format!("{method} {path}")))?;
+            found.push((path.clone(), method, scope));
+        }
+    }
+    Ok(found)
+}
+
+/// The one scope that a requirement names.
+fn scope_of(requirements: &[SecurityRequirement]) -> Option<Scope> {
+    let [requirement] = requirements else { return None };
+    let requirement = serde_json::to_value(requirement).ok()?;
+    let [scope] = requirement.get(BEARER)?.as_array()?.as_slice() else { return None };
+    Scope::parse(scope.as_str()?)
+}
+
 /// Joins all routes into the sidecar's router, and all their documents into the one that it serves.
 ///
 /// Every route is wrapped: request id, log line, metrics, panics, headers. Unknown paths are a 404, wrong methods a
 /// 405, both as problem documents.
-pub fn assemble(edge: &Edge, routes: Routes) -> (Router, OpenApi) {
-    let (open, open_document) = probes::routes(edge.probes.clone()).split_for_parts();
-    let (protected, protected_document) = routes.protected.split_for_parts();
+///
+/// # Errors
+/// An operation beside the probes that does not say which scope it needs.
+pub fn assemble(edge: &Edge, routes: Routes) -> Result<(Router, OpenApi), Unscoped> {
+    let (mut open, mut protected) = (probes::routes(edge.probes.clone()), routes.protected);
+    let metrics = probes::metrics_route(edge.probes.clone());
+    match edge.metrics_auth {
+        true => protected = protected.merge(metrics),
+        false => open = open.merge(metrics),
+    }
+    let (open, open_document) = open.split_for_parts();
+    let (protected, protected_document) = protected.split_for_parts();
     let (streams, streams_document) = routes.streams.split_for_parts();
+    let table = Table::of([scopes(&protected_document)?, scopes(&streams_document)?].concat());
+    let guard = Guard { auth: edge.auth.clone(), table };
 
     let mut document = frame();
     document.merge(complete(open_document, false));
@@ -114,15 +152,17 @@ pub fn assemble(edge: &Edge, routes: Routes) -> (Router, OpenApi) {
         .layer(Extension(served))
         .route_layer(time_limit.clone());
     let protected = layered(protected.method_not_allowed_fallback(layers::method_not_allowed), |router| {
-        router.route_layer(middleware::from_fn_with_state(edge.auth.clone(), auth::require)).route_layer(time_limit)
+        router.route_layer(middleware::from_fn_with_state(guard.clone(), auth::require)).route_layer(time_limit)
     });
-    let streams = streams.method_not_allowed_fallback(layers::method_not_allowed);
+    let streams = layered(streams.method_not_allowed_fallback(layers::method_not_allowed), |router| {
+        router.route_layer(middleware::from_fn_with_state(guard, auth::judge))
+    });
     let router = open
         .merge(protected)
         .merge(streams)
         .fallback(layers::not_found)
         .layer(middleware::from_fn_with_state(around, layers::around));
-    (router, document)
+    Ok((router, document))
 }
 
 /// `route_layer` refuses a router without routes.
@@ -130,21 +170,23 @@ fn layered(router: Router, layer: impl FnOnce(Router) -> Router) -> Router {
     if router.has_routes() { layer(router) } else { router }
 }
 
+/// The operations of a path, by method.
+fn methods(item: &PathItem) -> impl Iterator<Item = (Method, &Operation)> {
+    let methods = [
+        (Method::GET, &item.get),
+        (Method::PUT, &item.put),
+        (Method::POST, &item.post),
+        (Method::DELETE, &item.delete),
+        (Method::PATCH, &item.patch),
+        (Method::HEAD, &item.head),
+        (Method::OPTIONS, &item.options),
+        (Method::TRACE, &item.trace),
+    ];
+    methods.into_iter().filter_map(|(method, operation)| Some((method, operation.as_ref()?)))
+}
+
 /// Every operation of a document: method and path, as `GET /tasks`.
 pub fn operations_of(document: &OpenApi) -> Vec<String> {
-    let mut list = Vec::new();
-    for (path, item) in &document.paths.paths {
-        let methods = [
-            ("GET", &item.get),
-            ("PUT", &item.put),
-            ("POST", &item.post),
-            ("DELETE", &item.delete),
-            ("PATCH", &item.patch),
-            ("HEAD", &item.head),
-            ("OPTIONS", &item.options),
-            ("TRACE", &item.trace),
-        ];
-        list.extend(methods.iter().filter(|(_, o)| o.is_some()).map(|(method, _)| format!("{method} {path}")));
-    }
-    list
+    let paths = document.paths.paths.iter();
+    paths.flat_map(|(path, item)| methods(item).map(move |(method, _)| format!("{method} {path}"))).collect()
 }

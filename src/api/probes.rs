@@ -128,6 +128,11 @@ pub struct Ready {
     pub checks: Map<String, Value>,
 }
 
+/// Metrics, which the operator may close (`METRICS_AUTH`).
+pub(crate) fn metrics_route(probes: Probes) -> OpenApiRouter {
+    OpenApiRouter::new().routes(routes!(metrics)).with_state(probes)
+}
+
 /// The routes without a credential.
 pub fn routes(probes: Probes) -> OpenApiRouter {
     OpenApiRouter::new()
@@ -136,7 +141,6 @@ pub fn routes(probes: Probes) -> OpenApiRouter {
         .routes(routes!(livez))
         .routes(routes!(ready))
         .routes(routes!(readyz))
-        .routes(routes!(metrics))
         .routes(routes!(openapi_json))
         .routes(routes!(docs_index))
         .routes(routes!(docs_page))
@@ -187,7 +191,9 @@ async fn readyz(probes: State<Probes>) -> Response {
 }
 
 /// Metrics for Prometheus
-#[utoipa::path(get, path = "/metrics", tag = "probes",
+///
+/// They need a credential only with `METRICS_AUTH=required`.
+#[utoipa::path(get, path = "/metrics", tag = "probes", security(("bearer" = ["admin"])),
     responses((status = 200, description = "Text format 0.0.4", body = String, content_type = "text/plain")))]
 async fn metrics(State(probes): State<Probes>) -> Result<Response, Problem> {
     let text = probes.metrics.render().map_err(Problem::internal)?;

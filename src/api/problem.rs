@@ -75,6 +75,8 @@ codes! {
     UnsupportedMediaType = "unsupported_media_type", UNSUPPORTED_MEDIA_TYPE, "The media type is not supported";
     /// The headers are larger or more than the limit.
     HeaderTooLarge = "header_too_large", REQUEST_HEADER_FIELDS_TOO_LARGE, "The headers are too large";
+    /// Too many attempts with a wrong credential came from there of late.
+    TooManyAttempts = "too_many_attempts", TOO_MANY_REQUESTS, "Too many attempts";
     /// As many tasks wait as may.
     QueueFull = "queue_full", TOO_MANY_REQUESTS, "The queue is full";
     /// As many terminals of the session are open as may.
@@ -95,7 +97,7 @@ impl Code {
     /// Seconds for `Retry-After` where the problem names none; `None` for codes that carry no such header.
     fn default_retry_after(self) -> Option<u64> {
         match self {
-            Self::QueueFull | Self::TooManyTerminals => Some(5),
+            Self::QueueFull | Self::TooManyTerminals | Self::TooManyAttempts => Some(5),
             Self::ShuttingDown | Self::JournalFull => Some(10),
             Self::Unavailable => Some(5),
             _ => None,

@@ -3,15 +3,17 @@
 //! The logs of its executions one after another, each read by the same cursor as everywhere. The connection ends with
 //! `done` when an execution has ended and none waits behind it; whoever resumes after that `done` gets the next one.
 
-use crate::api::auth::{Presented, peer};
+use crate::api::auth::{Admission, Caller};
 use crate::api::cursor::{Cursor, Next};
 use crate::api::problem::Problem;
 use crate::api::session_frames::{Frames, closing, done, heartbeat};
 use crate::api::sessions::{SessionsApi, find, parse_id};
+use crate::api::stream::expired;
 use crate::executions::Executions;
 use crate::model::event::{Event, EventType};
 use crate::model::{ExecutionId, SessionEventId, SessionId};
 use crate::store::StoreError;
+use axum::Extension;
 use axum::body::{Body, Bytes};
 use axum::extract::{Path, Request, State};
 use axum::http::header;
@@ -21,6 +23,7 @@ use chrono::Utc;
 use serde_json::json;
 use std::convert::Infallible;
 use std::num::NonZeroU32;
+use std::pin::pin;
 use std::time::Duration;
 
 /// How often a quiet connection is told that it lives.
@@ -36,7 +39,7 @@ const HEARTBEAT: Duration = Duration::from_secs(15);
 /// `<execution>.<seq>`: with `Last-Event-ID` the stream goes on after that frame; without it, it begins with the
 /// session's first execution. With the id of a `done` it waits for the next prompt's execution.
 #[utoipa::path(
-    get, path = "/sessions/{session_id}/stream", tag = "sessions",
+    get, path = "/sessions/{session_id}/stream", tag = "sessions", security(("bearer" = ["tasks:read"])),
     params(
         ("session_id" = SessionId, Path),
         ("Last-Event-ID" = Option<String>, Header, description = "The id of the last frame that was received"),
@@ -45,27 +48,27 @@ const HEARTBEAT: Duration = Duration::from_secs(15);
 )]
 pub(crate) async fn stream(
     State(api): State<SessionsApi>,
+    Extension(admission): Extension<Admission>,
     Path(id): Path<String>,
     request: Request,
 ) -> Result<Response, Problem> {
-    let open = api.open_streams;
-    follow(api, &id, request.into_parts().0, open).await
+    let caller = if api.open_streams { None } else { Some(admission.granted().await?) };
+    follow(api, &id, request.into_parts().0, caller).await
 }
 
 /// The same under the session proxy's name, never without a credential.
 pub(crate) async fn proxied(
     State(api): State<SessionsApi>,
+    Extension(admission): Extension<Admission>,
     Path(id): Path<String>,
     request: Request,
 ) -> Result<Response, Problem> {
-    follow(api, &id, request.into_parts().0, false).await
+    let caller = Some(admission.granted().await?);
+    follow(api, &id, request.into_parts().0, caller).await
 }
 
-async fn follow(api: SessionsApi, id: &str, parts: Parts, open: bool) -> Result<Response, Problem> {
-    let presented = api.auth.presented(&parts.headers, peer(&parts.extensions));
-    if !open && presented != Presented::Valid {
-        return Err(api.auth.refusal());
-    }
+/// `caller`: who reads, where that has to be somebody.
+async fn follow(api: SessionsApi, id: &str, parts: Parts, caller: Option<Caller>) -> Result<Response, Problem> {
     let id = parse_id(id)?;
     let asked = match parts.headers.get("last-event-id") {
         None => None,
@@ -80,7 +83,7 @@ async fn follow(api: SessionsApi, id: &str, parts: Parts, open: bool) -> Result<
     // A place that this session has not come to yet is none of this log: everything from its start, then.
     let place = asked.filter(|place| place.ordinal.get() <= had + 1).unwrap_or(START);
     let headers = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
-    let body = Body::from_stream(frames(api, id, place));
+    let body = Body::from_stream(frames(api, id, place, caller));
     Ok((headers, [("x-accel-buffering", "no")], body).into_response())
 }
 
@@ -90,11 +93,17 @@ fn frames(
     api: SessionsApi,
     id: SessionId,
     mut place: SessionEventId,
+    caller: Option<Caller>,
 ) -> impl futures_util::Stream<Item = Result<Bytes, Infallible>> {
     async_stream::stream! {
         let mut reader = Reader { executions: api.executions.clone(), id, place, current: None };
+        let mut expired = pin!(expired(caller.as_ref()));
         loop {
             let step = tokio::select! {
+                () = &mut expired => {
+                    yield Ok(Bytes::from_static(b": the credential has expired\n\n"));
+                    return;
+                }
                 step = reader.next() => step,
                 () = api.shutdown.cancelled() => {
                     yield Ok(Bytes::from_static(b": the sidecar restarts\nretry: 1000\n\n"));

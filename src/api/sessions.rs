@@ -1,6 +1,5 @@
 //! The session routes, as the existing Go backend calls them, and the same under the session proxy's names.
 
-use crate::api::auth::Auth;
 use crate::api::documents::Accepted;
 use crate::api::extract::parse_json;
 use crate::api::problem::{Code, Problem};
@@ -36,7 +35,6 @@ const MAX_UNKNOWN_NAME: usize = 64;
 #[derive(Clone, Debug)]
 pub struct SessionsApi {
     pub executions: Executions,
-    pub auth: Auth,
     /// Told when the sidecar shuts down.
     pub shutdown: CancellationToken,
     /// `SESSIONS_STREAM_UNAUTHENTICATED`
@@ -176,7 +174,7 @@ struct SessionCreated {
 /// executions run as may, it is a 503. A caller who is gone before the answer leaves no session behind. Fields that are
 /// not known are ignored, with a `log` event that names them.
 #[utoipa::path(
-    post, path = "/sessions", tag = "sessions", request_body = SessionRequest, operation_id = "create_session",
+    post, path = "/sessions", tag = "sessions", security(("bearer" = ["tasks:execute"])), request_body = SessionRequest, operation_id = "create_session",
     responses(
         (status = 201, description = "Made", body = SessionCreated),
         (status = 409, description = "There is a session with this id", content_type = "application/problem+json", body = crate::api::problem::ProblemDocument),
@@ -298,7 +296,7 @@ fn parse_cursor(text: &str) -> Result<SessionCursor, Problem> {
 }
 
 /// Sessions, newest first
-#[utoipa::path(get, path = "/sessions", tag = "sessions", operation_id = "list_sessions", params(ListParams), responses((status = 200, body = SessionList)))]
+#[utoipa::path(get, path = "/sessions", tag = "sessions", security(("bearer" = ["tasks:read"])), operation_id = "list_sessions", params(ListParams), responses((status = 200, body = SessionList)))]
 async fn list(
     State(api): State<SessionsApi>,
     ApiQuery(params): ApiQuery<ListParams>,
@@ -318,7 +316,7 @@ async fn list(
 
 /// One session
 #[utoipa::path(
-    get, path = "/sessions/{session_id}", tag = "sessions", operation_id = "show_session",
+    get, path = "/sessions/{session_id}", tag = "sessions", security(("bearer" = ["tasks:read"])), operation_id = "show_session",
     params(("session_id" = SessionId, Path)), responses((status = 200, body = SessionDocument)),
 )]
 async fn show(State(api): State<SessionsApi>, Path(id): Path<String>) -> Result<Json<SessionDocument>, Problem> {
@@ -341,7 +339,7 @@ struct SessionStatus {
 
 /// How a session stands
 #[utoipa::path(
-    get, path = "/sessions/{session_id}/status", tag = "sessions", operation_id = "session_status",
+    get, path = "/sessions/{session_id}/status", tag = "sessions", security(("bearer" = ["tasks:read"])), operation_id = "session_status",
     params(("session_id" = SessionId, Path)), responses((status = 200, body = SessionStatus)),
 )]
 async fn status(State(api): State<SessionsApi>, Path(id): Path<String>) -> Result<Json<SessionStatus>, Problem> {
@@ -377,7 +375,7 @@ async fn end(api: &SessionsApi, id: &str) -> Result<Json<SessionStopped>, Proble
 /// What runs or waits in it is cancelled, its process ends, and it takes no more prompts. Stopping one that has ended
 /// changes nothing and tells its true status.
 #[utoipa::path(
-    post, path = "/sessions/{session_id}/stop", tag = "sessions", operation_id = "stop_session",
+    post, path = "/sessions/{session_id}/stop", tag = "sessions", security(("bearer" = ["tasks:control"])), operation_id = "stop_session",
     params(("session_id" = SessionId, Path)), responses((status = 200, body = SessionStopped)),
 )]
 async fn stop(State(api): State<SessionsApi>, Path(id): Path<String>) -> Result<Json<SessionStopped>, Problem> {
@@ -388,7 +386,7 @@ async fn stop(State(api): State<SessionsApi>, Path(id): Path<String>) -> Result<
 ///
 /// The same as `POST /sessions/{session_id}/stop`; its history stays.
 #[utoipa::path(
-    delete, path = "/sessions/{session_id}", tag = "sessions", operation_id = "delete_session",
+    delete, path = "/sessions/{session_id}", tag = "sessions", security(("bearer" = ["tasks:control"])), operation_id = "delete_session",
     params(("session_id" = SessionId, Path)), responses((status = 200, body = SessionStopped)),
 )]
 async fn destroy(State(api): State<SessionsApi>, Path(id): Path<String>) -> Result<Json<SessionStopped>, Problem> {
@@ -407,7 +405,7 @@ struct MessageRequest {
 ///
 /// A new execution in the same conversation, which runs when those before it have ended.
 #[utoipa::path(
-    post, path = "/sessions/{session_id}/messages", tag = "sessions", operation_id = "message_session",
+    post, path = "/sessions/{session_id}/messages", tag = "sessions", security(("bearer" = ["tasks:execute"])), operation_id = "message_session",
     params(("session_id" = SessionId, Path)), request_body = MessageRequest,
     responses(
         (status = 202, description = "Taken", body = Accepted),

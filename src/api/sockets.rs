@@ -1,7 +1,9 @@
 //! What all WebSockets have in common: how they are let in, how often they are pinged, how they are closed.
 
-use crate::api::auth::{Auth, Presented};
+use crate::api::auth::{Admission, Caller};
+use crate::api::problem::{Code, Problem};
 use axum::extract::ws::{Message, WebSocket};
+use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +25,7 @@ pub(crate) mod close {
     pub(crate) const RESTART: u16 = 1012;
     pub(crate) const BAD_FRAME: u16 = 4400;
     pub(crate) const UNAUTHORIZED: u16 = 4401;
+    pub(crate) const FORBIDDEN: u16 = 4403;
     pub(crate) const NOT_FOUND: u16 = 4404;
     pub(crate) const STUCK: u16 = 4408;
 }
@@ -34,10 +37,20 @@ pub(crate) type Closing = (u16, &'static str);
 #[derive(Debug)]
 pub(crate) struct Broken;
 
+/// The answer to a socket without a good credential, or with one that is not for it.
+pub(crate) fn turned_away(problem: &Problem) -> Closing {
+    match problem.code() {
+        Code::Forbidden => (close::FORBIDDEN, "the credential is not for this"),
+        _ => (close::UNAUTHORIZED, "a valid credential is required"),
+    }
+}
+
+/// The answer to a socket whose credential has ended.
+pub(crate) const EXPIRED: Closing = (close::UNAUTHORIZED, "the credential has expired");
+
 /// Lets WebSockets in. Cheap to clone; all clones count together.
 #[derive(Clone, Debug)]
 pub struct Sockets {
-    pub(crate) auth: Auth,
     /// Told when the sidecar shuts down: sockets end then.
     pub(crate) shutdown: CancellationToken,
     unknown: Arc<Semaphore>,
@@ -47,26 +60,36 @@ pub struct Sockets {
 struct FirstFrame {
     r#type: String,
     #[serde(default)]
-    token: Option<String>,
+    token: Option<SecretString>,
 }
 
 impl Sockets {
     /// `shutdown` is told when the sidecar shuts down.
-    pub fn new(auth: Auth, shutdown: CancellationToken) -> Self {
-        Self { auth, shutdown, unknown: Arc::new(Semaphore::new(UNKNOWN_SOCKETS)) }
+    pub fn new(shutdown: CancellationToken) -> Self {
+        Self { shutdown, unknown: Arc::new(Semaphore::new(UNKNOWN_SOCKETS)) }
     }
 
-    /// Whether a socket may stay, by what its handshake presented or else by its first frame, which is waited for.
-    pub(crate) async fn admit(&self, socket: &mut WebSocket, presented: Presented) -> Result<bool, Broken> {
-        match presented {
-            Presented::Valid => Ok(true),
-            Presented::Invalid => Ok(false),
-            Presented::None => self.first_frame_is_good(socket).await,
-        }
+    /// Whose socket it is, by what its handshake presented or else by its first frame, which is waited for; or how it is
+    /// closed.
+    pub(crate) async fn admit(
+        &self,
+        socket: &mut WebSocket,
+        admission: &Admission,
+    ) -> Result<Result<Caller, Closing>, Broken> {
+        let granted = if !admission.is_open() {
+            admission.granted().await
+        } else {
+            match self.first_token(socket).await? {
+                Some(token) => admission.granted_to(token.expose_secret()).await,
+                None => admission.granted().await,
+            }
+        };
+        Ok(granted.map_err(|problem| turned_away(&problem)))
     }
 
-    async fn first_frame_is_good(&self, socket: &mut WebSocket) -> Result<bool, Broken> {
-        let Ok(_place) = Arc::clone(&self.unknown).try_acquire_owned() else { return Ok(false) };
+    /// The token of the first frame; `None` where there is none in time, or too many wait for theirs.
+    async fn first_token(&self, socket: &mut WebSocket) -> Result<Option<SecretString>, Broken> {
+        let Ok(_place) = Arc::clone(&self.unknown).try_acquire_owned() else { return Ok(None) };
         let frame = async {
             loop {
                 match socket.recv().await {
@@ -79,12 +102,12 @@ impl Sockets {
         };
         let waited = tokio::select! {
             waited = tokio::time::timeout(FIRST_FRAME, frame) => waited,
-            () = self.shutdown.cancelled() => return Ok(false),
+            () = self.shutdown.cancelled() => return Ok(None),
         };
         let frame = match waited {
             Ok(frame) => frame?,
             Err(_) => None,
         };
-        Ok(frame.is_some_and(|f| f.r#type == "auth" && f.token.is_some_and(|token| self.auth.check(&token))))
+        Ok(frame.filter(|frame| frame.r#type == "auth").and_then(|frame| frame.token))
     }
 }

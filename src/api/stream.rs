@@ -1,24 +1,27 @@
 //! `GET /tasks/{execution_id}/stream`: the log as it grows, over SSE or WebSocket.
 //!
-//! Both are a `Cursor` over the log and differ in their frames only. The route judges the credential itself, since
-//! a browser's WebSocket can send it as its first frame.
+//! Both are a `Cursor` over the log and differ in their frames only. The route refuses by itself, since a browser's WebSocket
+//! can send its credential as its first frame. Reading ends when the credential does.
 
-use crate::api::auth::{Presented, STREAM_PROTOCOL, peer};
+use crate::api::auth::{Admission, Caller, STREAM_PROTOCOL, Scope};
 use crate::api::cursor::{Cursor, Next};
 use crate::api::problem::Problem;
 use crate::api::server::ConnectionSlot;
-use crate::api::sockets::{Broken, Closing, PING, STUCK, Sockets, close};
+use crate::api::sockets::{Broken, Closing, EXPIRED, PING, STUCK, Sockets, close};
 use crate::api::tasks::{TasksApi, find, parse_id};
 use crate::executions::View;
+use axum::Extension;
 use axum::body::{Body, Bytes};
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{FromRequestParts, Path, Request, State};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use futures_util::SinkExt;
+use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::num::NonZeroU32;
+use std::pin::pin;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
@@ -49,26 +52,33 @@ struct StreamQuery {
 ///
 /// Each connection is a cursor over the log: every event once, in order, from `after` on. The WebSocket speaks
 /// `opencode.stream.v1` and closes with 1000 after `complete`, 1012 at a restart, 4400 after a bad frame, 4401 without
-/// a good credential, 4404 where there is no such execution, 4408 for a reader that took nothing for 60 s. An `after`
-/// beyond the log's end is answered by a `reset` frame, and the log from its start.
+/// a good credential or when it expires, 4403 with one that is not for this, 4404 where there is no such execution, 4408
+/// for a reader that took nothing for 60 s. An `after` beyond the log's end is answered by a `reset` frame, and the log
+/// from its start. `{"type":"cancel"}` needs the scope `tasks:control`; `{"type":"auth","token"}` replaces a token before
+/// it expires.
 #[utoipa::path(
-    get, path = "/tasks/{execution_id}/stream", tag = "tasks",
+    get, path = "/tasks/{execution_id}/stream", tag = "tasks", security(("bearer" = ["tasks:read"])),
     params(("execution_id" = crate::model::ExecutionId, Path), StreamQuery),
     responses(
         (status = 101, description = "A WebSocket: one event a text frame"),
         (status = 200, description = "Server-sent events: `id` is the seq, `event` the type", content_type = "text/event-stream", body = String),
     ),
 )]
-async fn stream(State(api): State<StreamApi>, Path(id): Path<String>, request: Request) -> Result<Response, Problem> {
+async fn stream(
+    State(api): State<StreamApi>,
+    Extension(admission): Extension<Admission>,
+    Path(id): Path<String>,
+    request: Request,
+) -> Result<Response, Problem> {
     let (mut parts, _) = request.into_parts();
     let upgrade = WebSocketUpgrade::from_request_parts(&mut parts, &()).await.ok();
-    let presented = api.sockets.auth.presented(&parts.headers, peer(&parts.extensions));
-    if upgrade.is_none() && presented != Presented::Valid {
-        return Err(api.sockets.auth.refusal());
-    }
+    let caller = match upgrade {
+        Some(_) => None,
+        None => Some(admission.granted().await?),
+    };
     let crate::api::ApiQuery(query) = crate::api::ApiQuery::<StreamQuery>::from_request_parts(&mut parts, &()).await?;
     let id = parse_id(&id)?;
-    let Some(upgrade) = upgrade else {
+    let (Some(upgrade), None) = (upgrade, &caller) else {
         let last_event_id =
             parts.headers.get("last-event-id").map(|value| {
                 value.to_str().ok().and_then(|value| value.trim().parse().ok()).ok_or_else(|| {
@@ -85,14 +95,14 @@ async fn stream(State(api): State<StreamApi>, Path(id): Path<String>, request: R
         let reset = cursor.reset_if_beyond(view.last_seq);
         let mut first = Vec::from_iter(epoch_frame(&view));
         first.extend(reset.then(|| reset_frame(&view)));
-        return Ok(server_sent_events(cursor, first, api.sockets.shutdown.clone()));
+        return Ok(server_sent_events(cursor, first, caller, api.sockets.shutdown.clone()));
     };
     let slot = parts.extensions.get::<ConnectionSlot>().cloned();
     let upgrade = upgrade.protocols([STREAM_PROTOCOL]).max_message_size(MAX_MESSAGE).max_frame_size(MAX_MESSAGE);
     Ok(upgrade.on_upgrade(move |socket| async move {
         let _slot = slot;
         let mut socket = Socket { socket };
-        let (code, reason) = match socket.serve(&api, presented, id, query.after.unwrap_or(0)).await {
+        let (code, reason) = match socket.serve(&api, &admission, id, query.after.unwrap_or(0)).await {
             Ok((code, reason)) => (code, reason),
             // The connection is gone: nobody to tell.
             Err(Broken) => return,
@@ -113,14 +123,24 @@ fn reset_frame(view: &View) -> Value {
     json!({ "type": "reset", "last_seq": view.last_seq, "epoch": view.record.epoch })
 }
 
-fn server_sent_events(mut cursor: Cursor, first: Vec<Value>, shutdown: CancellationToken) -> Response {
+fn server_sent_events(
+    mut cursor: Cursor,
+    first: Vec<Value>,
+    caller: Option<Caller>,
+    shutdown: CancellationToken,
+) -> Response {
     let body = async_stream::stream! {
         for data in first {
             let kind = data["type"].as_str().unwrap_or_default();
             yield Ok::<_, std::convert::Infallible>(Bytes::from(format!("event: {kind}\ndata: {data}\n\n")));
         }
+        let mut expired = pin!(expired(caller.as_ref()));
         loop {
             let next = tokio::select! {
+                () = &mut expired => {
+                    yield Ok(Bytes::from_static(b": the credential has expired\n\n"));
+                    return;
+                }
                 next = cursor.next() => next,
                 () = shutdown.cancelled() => {
                     yield Ok(Bytes::from_static(b": the sidecar restarts\nretry: 1000\n\n"));
@@ -163,19 +183,69 @@ struct ClientFrame {
     r#type: String,
     #[serde(default)]
     reason: Option<String>,
+    #[serde(default)]
+    token: Option<SecretString>,
+}
+
+/// Takes another credential in place of one that ends.
+async fn renewed(admission: &Admission, caller: &mut Caller, token: Option<SecretString>) -> Value {
+    let ack = json!({ "type": "ack", "of": "auth" });
+    if !caller.expires() {
+        return ack;
+    }
+    match admission.granted_to(token.unwrap_or_default().expose_secret()).await {
+        Ok(other) => {
+            *caller = other;
+            ack
+        }
+        Err(problem) => refused("auth", &problem),
+    }
+}
+
+fn refused(of: &str, problem: &Problem) -> Value {
+    json!({ "type": "error", "of": of, "code": problem.code().as_str(), "message": problem.detail() })
+}
+
+async fn command(api: &StreamApi, id: crate::model::ExecutionId, caller: &Caller, frame: ClientFrame) -> Value {
+    let of = frame.r#type.as_str();
+    let controls = ["cancel", "pause", "resume", "message", "permission_reply", "question_reply"];
+    if !controls.contains(&of) {
+        return json!({ "type": "error", "code": "unknown_type", "message": "There is no such frame." });
+    }
+    if let Err(problem) = caller.may(Scope::TasksControl) {
+        return refused(of, &problem);
+    }
+    if of != "cancel" {
+        return json!({ "type": "error", "of": of, "code": "not_supported", "message": "This version does not support it." });
+    }
+    match api.tasks.executions.cancel(id, frame.reason.as_deref(), Duration::ZERO).await {
+        Ok(_) => json!({ "type": "ack", "of": "cancel" }),
+        Err(_) => {
+            json!({ "type": "error", "of": "cancel", "code": "unavailable", "message": "The database cannot be asked." })
+        }
+    }
+}
+
+/// Completes when the credential of a reader ends; never for one that needs none.
+pub(crate) async fn expired(caller: Option<&Caller>) {
+    match caller {
+        Some(caller) => caller.expired().await,
+        None => std::future::pending().await,
+    }
 }
 
 impl Socket {
     async fn serve(
         &mut self,
         api: &StreamApi,
-        presented: Presented,
+        admission: &Admission,
         id: crate::model::ExecutionId,
         after: u64,
     ) -> Result<Closing, Broken> {
-        if !api.sockets.admit(&mut self.socket, presented).await? {
-            return Ok((close::UNAUTHORIZED, "a valid credential is required"));
-        }
+        let mut caller = match api.sockets.admit(&mut self.socket, admission).await? {
+            Ok(caller) => caller,
+            Err(closing) => return Ok(closing),
+        };
         let view = match api.tasks.executions.view(id).await {
             Ok(Some(view)) => view,
             Ok(None) => return Ok((close::NOT_FOUND, "there is no execution with this id")),
@@ -191,6 +261,7 @@ impl Socket {
         let mut ping = tokio::time::interval_at(tokio::time::Instant::now() + PING, PING);
         loop {
             tokio::select! {
+                () = caller.expired() => return Ok(EXPIRED),
                 next = cursor.next() => match next {
                     Ok(Next::Events(events)) => {
                         let sent = tokio::time::timeout(STUCK, async {
@@ -216,7 +287,11 @@ impl Socket {
                         let Ok(frame) = serde_json::from_str::<ClientFrame>(&text) else {
                             return Ok((close::BAD_FRAME, "a frame must be a JSON object with a type"));
                         };
-                        self.command(api, id, frame).await?;
+                        let answer = match frame.r#type.as_str() {
+                            "auth" => renewed(admission, &mut caller, frame.token).await,
+                            _ => command(api, id, &caller, frame).await,
+                        };
+                        self.send(answer.to_string()).await?;
                     }
                     Some(Ok(Message::Binary(_))) => return Ok((close::BAD_FRAME, "frames must be text")),
                     Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
@@ -232,28 +307,6 @@ impl Socket {
                 () = api.sockets.shutdown.cancelled() => return Ok((close::RESTART, "the sidecar restarts")),
             }
         }
-    }
-
-    async fn command(
-        &mut self,
-        api: &StreamApi,
-        id: crate::model::ExecutionId,
-        frame: ClientFrame,
-    ) -> Result<(), Broken> {
-        let answer = match frame.r#type.as_str() {
-            "cancel" => match api.tasks.executions.cancel(id, frame.reason.as_deref(), Duration::ZERO).await {
-                Ok(_) => json!({ "type": "ack", "of": "cancel" }),
-                Err(_) => {
-                    json!({ "type": "error", "of": "cancel", "code": "unavailable", "message": "The database cannot be asked." })
-                }
-            },
-            "auth" => json!({ "type": "ack", "of": "auth" }),
-            "pause" | "resume" | "message" | "permission_reply" | "question_reply" => json!({
-                "type": "error", "of": frame.r#type, "code": "not_supported", "message": "This version does not support it."
-            }),
-            _ => json!({ "type": "error", "code": "unknown_type", "message": "There is no such frame." }),
-        };
-        self.send(answer.to_string()).await
     }
 
     async fn send(&mut self, text: String) -> Result<(), Broken> {

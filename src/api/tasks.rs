@@ -1,6 +1,6 @@
 //! The task routes: from requests to calls of the service, from its results to answers.
 
-use crate::api::auth::Caller;
+use crate::api::auth::{Auth, Caller};
 use crate::api::documents::{Accepted, EventsDocument, ExecutionDocument, HistoryDocument, StatusDocument};
 use crate::api::extract::prefer_wait;
 use crate::api::problem::{Code, Problem};
@@ -10,7 +10,7 @@ use crate::executions::{Executions, Submission, SubmitError, View};
 use crate::model::event::{EventType, Severity};
 use crate::model::idempotency::BadKey;
 use crate::model::request::TaskRequest;
-use crate::model::{ExecutionId, Fingerprint, Idempotency, IdempotencyKey, SessionId, Status, TaskId};
+use crate::model::{ExecutionId, Fingerprint, Idempotency, IdempotencyKey, SessionId, Status, TaskId, millis};
 use crate::store::{Cursor, HistoryFilter, StoreError};
 use anstream::adapter::StripStr;
 use axum::body::{Body, Bytes};
@@ -21,6 +21,7 @@ use axum::{Extension, Json};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use chrono::{DateTime, TimeZone, Utc};
+use secrecy::ExposeSecret;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use std::time::Duration;
@@ -39,6 +40,7 @@ const OUTPUT_BATCH: u32 = 500;
 #[derive(Clone, Debug)]
 pub struct TasksApi {
     pub executions: Executions,
+    pub auth: Auth,
 }
 
 /// The task routes without the streams.
@@ -51,6 +53,7 @@ pub fn routes(api: TasksApi) -> OpenApiRouter {
         .routes(routes!(events))
         .routes(routes!(output))
         .routes(routes!(cancel))
+        .routes(routes!(stream_token))
         .with_state(api)
 }
 
@@ -83,7 +86,7 @@ pub(crate) async fn find(api: &TasksApi, id: ExecutionId) -> Result<View, Proble
 /// as a 200 with `Idempotent-Replayed: true`, also while the queue is full or the database is away. How the body is written,
 /// and its credentials, do not matter. A key of a submission that was refused, or of an execution that was deleted, is free.
 #[utoipa::path(
-    post, path = "/tasks/execute", tag = "tasks",
+    post, path = "/tasks/execute", tag = "tasks", security(("bearer" = ["tasks:execute"])),
     request_body = TaskRequest,
     params(
         ("Idempotency-Key" = Option<String>, Header, description = "The caller's own name of this submission: 1 to 255 visible ASCII characters"),
@@ -243,7 +246,7 @@ fn parse_cursor(text: &str) -> Result<Cursor, Problem> {
 }
 
 /// History, newest first
-#[utoipa::path(get, path = "/tasks", tag = "tasks", params(HistoryParams), responses((status = 200, body = HistoryDocument)))]
+#[utoipa::path(get, path = "/tasks", tag = "tasks", security(("bearer" = ["tasks:read"])), params(HistoryParams), responses((status = 200, body = HistoryDocument)))]
 async fn history(
     State(api): State<TasksApi>,
     ApiQuery(params): ApiQuery<HistoryParams>,
@@ -268,7 +271,7 @@ async fn history(
 
 /// The whole record of an execution
 #[utoipa::path(
-    get, path = "/tasks/{execution_id}", tag = "tasks", params(("execution_id" = ExecutionId, Path)),
+    get, path = "/tasks/{execution_id}", tag = "tasks", security(("bearer" = ["tasks:read"])), params(("execution_id" = ExecutionId, Path)),
     responses((status = 200, body = ExecutionDocument)),
 )]
 async fn show(State(api): State<TasksApi>, Path(id): Path<String>) -> Result<Json<ExecutionDocument>, Problem> {
@@ -281,7 +284,7 @@ async fn show(State(api): State<TasksApi>, Path(id): Path<String>) -> Result<Jso
 /// Cancelled if it still runs; then its events and its record are gone, and the key of its submission is free. Deleting
 /// again is 204 as well.
 #[utoipa::path(
-    delete, path = "/tasks/{execution_id}", tag = "tasks", params(("execution_id" = ExecutionId, Path)),
+    delete, path = "/tasks/{execution_id}", tag = "tasks", security(("bearer" = ["tasks:control"])), params(("execution_id" = ExecutionId, Path)),
     responses((status = 204, description = "Gone")),
 )]
 async fn delete(State(api): State<TasksApi>, Path(id): Path<String>) -> Result<StatusCode, Problem> {
@@ -294,7 +297,7 @@ async fn delete(State(api): State<TasksApi>, Path(id): Path<String>) -> Result<S
 
 /// How an execution stands
 #[utoipa::path(
-    get, path = "/tasks/{execution_id}/status", tag = "tasks", params(("execution_id" = ExecutionId, Path)),
+    get, path = "/tasks/{execution_id}/status", tag = "tasks", security(("bearer" = ["tasks:read"])), params(("execution_id" = ExecutionId, Path)),
     responses((status = 200, body = StatusDocument)),
 )]
 async fn status(State(api): State<TasksApi>, Path(id): Path<String>) -> Result<Json<StatusDocument>, Problem> {
@@ -325,7 +328,7 @@ fn words<T>(field: &str, list: Option<&str>, parse: impl Fn(&str) -> Option<T>) 
 
 /// A page of the log
 #[utoipa::path(
-    get, path = "/tasks/{execution_id}/events", tag = "tasks",
+    get, path = "/tasks/{execution_id}/events", tag = "tasks", security(("bearer" = ["tasks:read"])),
     params(("execution_id" = ExecutionId, Path), EventsParams),
     responses((status = 200, body = EventsDocument)),
 )]
@@ -368,7 +371,7 @@ struct OutputParams {
 
 /// All output of the shell commands so far, for download
 #[utoipa::path(
-    get, path = "/tasks/{execution_id}/output", tag = "tasks",
+    get, path = "/tasks/{execution_id}/output", tag = "tasks", security(("bearer" = ["files:read"])),
     params(("execution_id" = ExecutionId, Path), OutputParams),
     responses((status = 200, content_type = "text/plain", body = String)),
 )]
@@ -435,7 +438,7 @@ struct CancelRequest {
 /// 200 with the true status once it has ended and no process of it is left. Cancelling again, or after the end, changes
 /// nothing.
 #[utoipa::path(
-    post, path = "/tasks/{execution_id}/cancel", tag = "tasks", params(("execution_id" = ExecutionId, Path)),
+    post, path = "/tasks/{execution_id}/cancel", tag = "tasks", security(("bearer" = ["tasks:control"])), params(("execution_id" = ExecutionId, Path)),
     request_body(content = Option<CancelRequest>),
     responses((status = 200, body = StatusDocument)),
 )]
@@ -451,4 +454,35 @@ async fn cancel(
     }
     let view = api.executions.cancel(id, reason.as_deref(), CANCEL_WAIT).await.map_err(unavailable)?;
     Ok(Json(StatusDocument::of(&view.ok_or_else(not_found)?)))
+}
+
+/// A token for one stream.
+#[derive(Serialize, utoipa::ToSchema)]
+struct StreamToken {
+    token: String,
+    execution_id: ExecutionId,
+    /// When it ends: 60 s from now, or with the token that asked for it.
+    #[serde(serialize_with = "millis::serialize")]
+    expires_at: DateTime<Utc>,
+}
+
+/// A token for the stream of one execution
+///
+/// What the backend hands to a browser: it has the scope `tasks:read`, for this execution alone, and lasts 60 s. A stream
+/// that it opened ends with it, by 4401 where it is a WebSocket; come again with another one, or send that as
+/// `{"type":"auth","token"}` before. It is good at this sidecar only, and until it restarts.
+#[utoipa::path(
+    post, path = "/tasks/{execution_id}/stream-token", tag = "tasks", security(("bearer" = ["tasks:read"])),
+    params(("execution_id" = ExecutionId, Path)),
+    responses((status = 200, body = StreamToken)),
+)]
+async fn stream_token(
+    State(api): State<TasksApi>,
+    Extension(caller): Extension<Caller>,
+    Path(id): Path<String>,
+) -> Result<Json<StreamToken>, Problem> {
+    let id = parse_id(&id)?;
+    find(&api, id).await?;
+    let (token, expires_at) = api.auth.stream_token(id, &caller)?;
+    Ok(Json(StreamToken { token: token.expose_secret().to_owned(), execution_id: id, expires_at }))
 }

@@ -1,17 +1,18 @@
 //! `WS /sessions/{session_id}/terminal`: an interactive shell inside a session.
 //!
-//! Bytes go both ways as they are; nothing is kept between the two, so whoever is slow stops the other. The route judges
-//! the credential itself, as the stream's does.
+//! Bytes go both ways as they are; nothing is kept between the two, so whoever is slow stops the other. The route refuses
+//! by itself, as the stream's does, and ends with its credential.
 
-use crate::api::auth::{Presented, STREAM_PROTOCOL, peer};
+use crate::api::auth::{Admission, STREAM_PROTOCOL};
 use crate::api::extract::ApiQuery;
 use crate::api::problem::{Code, Problem};
 use crate::api::server::ConnectionSlot;
 use crate::api::sessions::{SessionsApi, find, not_found, parse_id};
-use crate::api::sockets::{Broken, Closing, PING, STUCK, close};
+use crate::api::sockets::{Broken, Closing, EXPIRED, PING, STUCK, close};
 use crate::api::tasks::unavailable;
 use crate::executions::{MAX_TERMINALS, OpenTerminalError, Terminal, TerminalSize};
 use crate::model::SessionId;
+use axum::Extension;
 use axum::body::Bytes;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{FromRequestParts, Path, Request, State};
@@ -60,13 +61,13 @@ fn size(cols: Option<i64>, rows: Option<i64>) -> Result<TerminalSize, Problem> {
 /// Confined as the session's agent is, in its workspace, and counted with it. Binary frames are what is typed and what is
 /// shown. Text frames are JSON: the client sends `{"type":"input","data":"…"}` and `{"type":"resize","cols","rows"}`; the
 /// server sends `{"type":"exit","code","signal"}` when the shell has ended, and `{"type":"error","code","message"}`. It
-/// closes with 1000 after `exit`, 1012 at a restart, 4400 after a bad frame, 4401 without a good credential, 4404 where
-/// there is no such session, 4408 for a client that took nothing for 60 s or was silent for 180 s, 4409 for a session that
+/// closes with 1000 after `exit`, 1012 at a restart, 4400 after a bad frame, 4401 without a good credential or when it
+/// expires, 4403 with one that is not for this, 4404 where there is no such session, 4408 for a client that took nothing for 60 s or was silent for 180 s, 4409 for a session that
 /// has ended, 4429 where 4 terminals of the session are open, 4502 where OpenCode did not start again, 4503 where there is no
 /// room for it. Credentials and pings are those of a task's stream. The shell ends with the connection, and with the session's
 /// OpenCode process.
 #[utoipa::path(
-    get, path = "/sessions/{session_id}/terminal", tag = "sessions", operation_id = "session_terminal",
+    get, path = "/sessions/{session_id}/terminal", tag = "sessions", operation_id = "session_terminal", security(("bearer" = ["tasks:control"])),
     params(("session_id" = SessionId, Path), TerminalQuery),
     responses(
         (status = 101, description = "A WebSocket"),
@@ -75,14 +76,14 @@ fn size(cols: Option<i64>, rows: Option<i64>) -> Result<TerminalSize, Problem> {
 )]
 pub(crate) async fn terminal(
     State(api): State<SessionsApi>,
+    Extension(admission): Extension<Admission>,
     Path(id): Path<String>,
     request: Request,
 ) -> Result<Response, Problem> {
     let (mut parts, _) = request.into_parts();
     let upgrade = WebSocketUpgrade::from_request_parts(&mut parts, &()).await.ok();
-    let presented = api.auth.presented(&parts.headers, peer(&parts.extensions));
-    if upgrade.is_none() && presented != Presented::Valid {
-        return Err(api.auth.refusal());
+    if upgrade.is_none() {
+        admission.granted().await?;
     }
     let ApiQuery(query) = ApiQuery::<TerminalQuery>::from_request_parts(&mut parts, &()).await?;
     let id = parse_id(&id)?;
@@ -95,20 +96,21 @@ pub(crate) async fn terminal(
     let upgrade = upgrade.protocols([STREAM_PROTOCOL]).max_message_size(MAX_MESSAGE).max_frame_size(MAX_MESSAGE);
     Ok(upgrade.on_upgrade(move |socket| async move {
         let _slot = slot;
-        let _ = serve(socket, &api, presented, id, size).await;
+        let _ = serve(socket, &api, &admission, id, size).await;
     }))
 }
 
 async fn serve(
     mut socket: WebSocket,
     api: &SessionsApi,
-    presented: Presented,
+    admission: &Admission,
     id: SessionId,
     size: TerminalSize,
 ) -> Result<(), Broken> {
-    if !api.sockets.admit(&mut socket, presented).await? {
-        return bid_farewell(&mut socket, (close::UNAUTHORIZED, "a valid credential is required")).await;
-    }
+    let caller = match api.sockets.admit(&mut socket, admission).await? {
+        Ok(caller) => caller,
+        Err(closing) => return bid_farewell(&mut socket, closing).await,
+    };
     let opened = tokio::select! {
         opened = api.executions.open_terminal(id, size) => opened,
         () = api.sockets.shutdown.cancelled() => Err(OpenTerminalError::ShuttingDown),
@@ -131,6 +133,7 @@ async fn serve(
     let (mut sink, stream) = socket.split();
     let end = tokio::select! {
         end = converse(&mut sink, stream, &terminal) => end,
+        () = caller.expired() => End::Close(EXPIRED),
         () = api.sockets.shutdown.cancelled() => End::Close(RESTARTS),
     };
     // Before anybody is told: whoever does not listen must not keep it.

@@ -1,7 +1,8 @@
 //! Reads single variables and gathers what is wrong with them. A value never gets into a message.
 
 use super::reference::{self, REFERENCE};
-use super::{ConfigError, ConfigErrors, is_visible_ascii};
+use super::{ConfigError, ConfigErrors, VISIBLE_ASCII, is_visible_ascii};
+use crate::secrets::Source;
 use secrecy::SecretString;
 use std::ffi::OsString;
 use std::fmt::Display;
@@ -184,10 +185,32 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn secret(&mut self, name: &'static str) -> Option<SecretString> {
-        // What a header can carry. A line end from a file would otherwise make a secret that nobody can send.
-        self.optional(name, "visible ASCII characters, without spaces or line ends", |text| {
-            is_visible_ascii(text).then(|| SecretString::from(text))
-        })
+        self.optional(name, VISIBLE_ASCII, |text| is_visible_ascii(text).then(|| SecretString::from(text)))
+    }
+
+    /// A credential that is given, or the file that has it; not both.
+    pub(super) fn credential(
+        &mut self,
+        name: &'static str,
+        file: &'static str,
+        expected: &str,
+        fits: impl Fn(&str) -> bool,
+    ) -> Option<Source> {
+        let given = self.optional(name, expected, |text| fits(text).then(|| Source::Given(SecretString::from(text))));
+        let from = self.credential_file(file);
+        if self.is_set(name) && self.is_set(file) {
+            self.fail(&[name, file], "are two forms of one setting; set one of them");
+        }
+        given.or(from)
+    }
+
+    /// A file that is read later, and again when it changes.
+    pub(super) fn credential_file(&mut self, name: &'static str) -> Option<Source> {
+        let path = self.path(name)?;
+        if !path.is_absolute() {
+            self.fail(&[name], "expected an absolute path");
+        }
+        Some(Source::File(path))
     }
 
     pub(super) fn database_url(&mut self, name: &'static str) -> Option<SecretString> {

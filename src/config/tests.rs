@@ -16,6 +16,10 @@ fn bad(set: &[(&str, &str)]) -> Vec<Vec<&'static str>> {
 const MODEL: [(&str, &str); 3] =
     [("OPENCODE_PROVIDER", "openai"), ("OPENCODE_MODEL", "gpt-x"), ("OPENCODE_API_KEY", "sk-hidden")];
 
+/// Of Ed25519 (RFC 8410, 10).
+const PUBLIC_KEY: &str = "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=\n-----END PUBLIC KEY-----\n";
+const PRIVATE_KEY: &str = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC\n-----END PRIVATE KEY-----\n";
+
 /// The base64 of 32 bytes.
 const KEY: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
 
@@ -26,7 +30,8 @@ fn an_empty_environment_gives_the_contracts_defaults() {
         assert_eq!((c.port, c.host.to_string().as_str()), (3003, "0.0.0.0"));
         assert_eq!(c.workspace_dir, PathBuf::from("/workspace"));
         assert_eq!(c.state_dir, PathBuf::from("/var/lib/opencode-sidecar"));
-        assert!(c.database_url.is_none() && c.shared_secret.is_none() && c.default_model.is_none());
+        assert!(c.database_url.is_none() && c.default_model.is_none() && !c.metrics_auth);
+        assert!(c.credentials.shared_secret.is_none() && c.credentials.tokens.is_none());
         assert!(c.opencode_command.is_none() && c.backend_api_url.is_none() && !c.auth_off);
         assert_eq!((c.database_schema.as_str(), c.project_id.as_str()), ("opencode_sidecar", "default"));
         assert_eq!((c.log_level.as_str(), c.log_format), ("info", LogFormat::Json));
@@ -75,7 +80,18 @@ fn each_variable_is_read_and_checked() {
         ("LOG_LEVEL", "info,opencode_sidecar=debug", &["inof", "loud=very", "a=b=c"]),
         ("LOG_FORMAT", "text", &["JSON", "xml"]),
         ("OPENCODE_SHARED_SECRET", "s3cret", &["two words", "line\n", "ä"]),
+        ("OPENCODE_SHARED_SECRET_FILE", "/run/secret", &["secret", "./secret"]),
+        ("JWT_SECRET", &"x".repeat(32), &[&"x".repeat(31), &format!("{} ", "x".repeat(32)), &"\u{e4}".repeat(40)]),
+        ("JWT_SECRET_FILE", "/run/jwt", &["jwt"]),
+        (
+            "JWT_PUBLIC_KEY",
+            PUBLIC_KEY,
+            &["hidden", PRIVATE_KEY, &PUBLIC_KEY.repeat(2), &PUBLIC_KEY.replace("MCow", "MCox")],
+        ),
+        ("JWT_PUBLIC_KEY_FILE", "/run/key.pem", &["key.pem"]),
+        ("JWT_JWKS_FILE", "/run/jwks.json", &["jwks.json"]),
         ("AUTH", "off", &["on", "false", "OFF"]),
+        ("METRICS_AUTH", "required", &["on", "1", "optional"]),
         (
             "BACKEND_API_URL",
             "https://backend:8443/base/",
@@ -212,6 +228,28 @@ fn a_previous_key_needs_a_present_one() {
 }
 
 #[test]
+fn a_credential_has_one_form_and_tokens_one_kind_of_key() {
+    let long = "x".repeat(32);
+    let forms: [(&'static str, &str, &'static str); 3] = [
+        ("OPENCODE_SHARED_SECRET", "s", "OPENCODE_SHARED_SECRET_FILE"),
+        ("JWT_SECRET", &long, "JWT_SECRET_FILE"),
+        ("JWT_PUBLIC_KEY", PUBLIC_KEY, "JWT_PUBLIC_KEY_FILE"),
+    ];
+    for (name, value, file) in forms {
+        assert_eq!(bad(&[(name, value), (file, "/f")]), vec![vec![name, file]]);
+    }
+    let kinds = [("JWT_SECRET", &*long), ("JWT_PUBLIC_KEY_FILE", "/f"), ("JWT_JWKS_FILE", "/g")];
+    assert_eq!(bad(&kinds), vec![kinds.map(|(name, _)| name).to_vec()]);
+    for file in ["OPENCODE_SHARED_SECRET_FILE", "JWT_SECRET_FILE", "JWT_PUBLIC_KEY_FILE", "JWT_JWKS_FILE"] {
+        assert_eq!(bad(&[("WORKSPACE_DIR", "/w"), (file, "/w/keys/f")]), vec![vec![file, "WORKSPACE_DIR"]]);
+        assert!(read(&[("WORKSPACE_DIR", "/w"), (file, "/wide/f")]).is_ok());
+    }
+    let read = read(&[("OPENCODE_SHARED_SECRET_FILE", "/f"), ("JWT_JWKS_FILE", "/g")]).unwrap().credentials;
+    assert!(read.shared_secret.unwrap().is_file());
+    assert_eq!(read.tokens.unwrap().variable(), "JWT_JWKS_FILE");
+}
+
+#[test]
 fn two_names_of_one_setting_must_agree() {
     for (name, other) in [("TASK_TIMEOUT", "SESSION_TIMEOUT"), ("MAX_CONCURRENT_TASKS", "MAX_CONCURRENT_SESSIONS")] {
         assert!(read(&[(name, "9"), (other, "9")]).is_ok());
@@ -243,7 +281,8 @@ fn what_cannot_be_honoured_is_refused() {
 fn all_errors_come_at_once_in_order_and_show_no_value() {
     let set = [
         ("SESSION_OUTPUT_BYTES", "hidden-1"),
-        ("JWT_SECRET", "hidden-2"),
+        ("EGRESS_ALLOW", "hidden-2"),
+        ("JWT_SECRET", "hidden-11"),
         ("PORT", "hidden-3"),
         ("DATABASE_URL", "hidden-4"),
         ("OPENCODE_SHARED_SECRET", "hidden 5"),
@@ -263,13 +302,14 @@ fn all_errors_come_at_once_in_order_and_show_no_value() {
             "DATABASE_URL",
             "LOG_LEVEL",
             "OPENCODE_SHARED_SECRET",
+            "JWT_SECRET",
             "SANDBOX",
             "OPENCODE_PROVIDER",
             "OPENCODE_MODEL",
             "OPENCODE_API_KEY",
             "ENCRYPTION_KEY",
             "SESSION_OUTPUT_BYTES",
-            "JWT_SECRET"
+            "EGRESS_ALLOW"
         ]
     );
     assert!(!format!("{errors} {errors:?}").contains("hidden"), "{errors}");
@@ -280,6 +320,7 @@ fn secrets_are_not_in_debug() {
     let mut set = MODEL.to_vec();
     set.extend([
         ("OPENCODE_SHARED_SECRET", "hidden"),
+        ("JWT_SECRET", "hidden-hidden-hidden-hidden-hidden-"),
         ("DATABASE_URL", "postgres://u:hidden@h/db"),
         ("ENCRYPTION_KEY", KEY),
     ]);

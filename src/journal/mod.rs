@@ -45,7 +45,7 @@ pub struct Position {
 
 impl Position {
     /// Some place, for those who check what is done with places.
-    #[cfg(test)]
+    #[cfg(all(test, feature = "shuttle"))]
     pub(crate) fn at(number: u64) -> Self {
         Self { segment: number, offset: 0 }
     }

@@ -10,6 +10,7 @@ use reqwest::{Client, StatusCode};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Serialize;
 use std::time::Duration;
+use tokio::sync::watch;
 
 /// The client for the backend could not be made: there are no root certificates to check an `https` one by.
 #[derive(Debug, thiserror::Error)]
@@ -21,7 +22,7 @@ pub(super) struct Backend {
     http: Client,
     /// Without a slash at its end.
     base: String,
-    secret: Option<SecretString>,
+    secret: Option<watch::Receiver<SecretString>>,
     /// How long a call may take until its answer begins.
     within: Duration,
 }
@@ -85,6 +86,7 @@ impl Backend {
         let mut request =
             self.http.patch(format!("{}/api/sessions/{session}/{what}", self.base)).timeout(self.within).json(body);
         if let Some(secret) = &self.secret {
+            let secret = secret.borrow().clone();
             request = request.bearer_auth(secret.expose_secret());
         }
         // Nothing of an answer but its head is of use.

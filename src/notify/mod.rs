@@ -24,6 +24,7 @@ use secrecy::SecretString;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
@@ -40,8 +41,8 @@ const FOUND: u32 = 64;
 pub struct Settings {
     /// Base of the backend's URLs, without user, query or fragment.
     pub backend: Url,
-    /// Goes with each call as a bearer token.
-    pub secret: Option<SecretString>,
+    /// Goes with each call as a bearer token, as it is then.
+    pub secret: Option<watch::Receiver<SecretString>>,
     /// Whose outbox it is.
     pub project: String,
     /// The sidecar instance whose running executions are followed.

@@ -270,6 +270,8 @@ pub enum Signal {
     Term,
     /// SIGINT.
     Int,
+    /// SIGHUP.
+    Hup,
 }
 
 impl Signal {
@@ -277,6 +279,7 @@ impl Signal {
         match self {
             Self::Term => signal::SIGTERM,
             Self::Int => signal::SIGINT,
+            Self::Hup => signal::SIGHUP,
         }
     }
 }

@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use sqlx::{Connection, Executor, PgConnection};
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
+use tokio::sync::watch;
 use uuid::Uuid;
 
 /// Everything at once, but no call is cut: one that is slow on a busy machine must not be made twice.
@@ -112,7 +113,8 @@ async fn all_told(store: &Store) {
 #[tokio::test]
 async fn each_change_is_told_once_in_order_and_with_the_secret() {
     let (store, backend) = (keeping().await, Backend::alive());
-    let secret = Some(SecretString::from("the-secret"));
+    let (_holder, secret) = watch::channel(SecretString::from("the-secret"));
+    let secret = Some(secret);
     let settings = Settings { backend: backend.url("/base/"), secret, ..settings(&backend, SLOW) };
     let life = Life::start(settings, &store);
     let (one, other) = (begin(&store).await, begin(&store).await);

@@ -49,7 +49,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         ],
     ),
     // Edges.
-    ("api", &["model", "tasks", "telemetry", "store", "events", "executions"]),
+    ("api", &["model", "tasks", "secrets", "telemetry", "store", "events", "executions"]),
     ("client", &["model", "sse"]),
     ("notify", &["model", "tasks", "telemetry", "store"]),
     ("console", &[]),

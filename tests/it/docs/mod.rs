@@ -25,7 +25,7 @@ use std::path::Path;
 use text::{Page, Place, pages};
 
 /// Paths in the pages that are none of the sidecar's routes.
-const OTHER_PATHS: &[&str] = &["/workspace", "/tmp"];
+const OTHER_PATHS: &[&str] = &["/workspace", "/tmp", "/run", "/usr", "/opt", "/etc"];
 /// Variables in the pages that are none of `serve`'s: a recipe's own, and the client's.
 const OTHER_VARIABLES: &[&str] = &["OPENAI_API_KEY", "OPENCODE_SIDECAR_URL"];
 /// What the broker tells OpenCode and no caller ever sees.

@@ -68,7 +68,7 @@ async fn the_document_lists_each_route_and_the_page_shows_them() {
     for operation in &got {
         let (method, path) = operation.split_once(' ').unwrap();
         let described = &document["paths"][path][method.to_lowercase()];
-        let security = if probes.contains(&path) { json!([]) } else { json!([{ "bearer": [] }]) };
+        let security = if probes.contains(&path) { json!([]) } else { json!([{ "bearer": ["tasks:read"] }]) };
         assert_eq!(described["security"], security, "{operation}");
         assert_eq!(described["responses"]["default"]["$ref"], "#/components/responses/Problem");
     }

@@ -6,11 +6,12 @@ mod access;
 mod connections;
 mod documents;
 mod requests;
+mod tokens;
 
 use axum::extract::ws::{Message, WebSocketUpgrade};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
-use opencode_sidecar::api::auth::{Auth, Presented, STREAM_PROTOCOL, peer};
+use opencode_sidecar::api::auth::{Admission, Auth, AuthSettings, STREAM_PROTOCOL, Slowing};
 use opencode_sidecar::api::extract::BodyLimits;
 use opencode_sidecar::api::layers::EdgeLimits;
 use opencode_sidecar::api::openapi::{Edge, Routes, assemble, operations_of};
@@ -18,6 +19,7 @@ use opencode_sidecar::api::probes::{Checks, Probes, Readiness};
 use opencode_sidecar::api::server::{ConnectionSlot, ServerLimits, serve_with};
 use opencode_sidecar::api::{ApiJson, ApiPath, ApiQuery, Code, OptionalApiJson, Problem};
 use opencode_sidecar::model::ExecutionId;
+use opencode_sidecar::secrets::{Source, Sources, TokenSource};
 use opencode_sidecar::tasks::Tasks;
 use opencode_sidecar::telemetry::Metrics;
 use reqwest::{Client, RequestBuilder, StatusCode};
@@ -35,6 +37,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 const SECRET: &str = "the-shared-secret";
+const PROJECT: &str = "the-project";
 /// Long enough that no test ever reaches it; what is under test gets a short one.
 const NEVER: Duration = Duration::from_secs(60);
 
@@ -65,29 +68,29 @@ struct Gate {
     open: Arc<Notify>,
 }
 
-#[utoipa::path(post, path = "/echo", request_body = Echo, responses((status = 200, body = Echo)))]
+#[utoipa::path(post, path = "/echo", security(("bearer" = ["tasks:read"])), request_body = Echo, responses((status = 200, body = Echo)))]
 async fn echo(ApiJson(body): ApiJson<Echo>) -> Json<Echo> {
     Json(body)
 }
 
-#[utoipa::path(post, path = "/maybe", responses((status = 200, body = bool)))]
+#[utoipa::path(post, path = "/maybe", security(("bearer" = ["tasks:read"])), responses((status = 200, body = bool)))]
 async fn maybe(OptionalApiJson(body): OptionalApiJson<Echo>) -> Json<bool> {
     Json(body.is_some())
 }
 
-#[utoipa::path(get, path = "/things/{execution_id}", params(("execution_id" = ExecutionId, Path)),
+#[utoipa::path(get, path = "/things/{execution_id}", security(("bearer" = ["tasks:read"])), params(("execution_id" = ExecutionId, Path)),
     responses((status = 200, body = Value)))]
 async fn thing(ApiPath(id): ApiPath<ExecutionId>, ApiQuery(page): ApiQuery<Page>) -> Json<Value> {
     Json(json!({ "id": id, "limit": page.limit, "after": page.after }))
 }
 
-#[utoipa::path(get, path = "/pairs/{execution_id}/{number}", params(("execution_id" = ExecutionId, Path), ("number" = u8, Path)),
+#[utoipa::path(get, path = "/pairs/{execution_id}/{number}", security(("bearer" = ["tasks:read"])), params(("execution_id" = ExecutionId, Path), ("number" = u8, Path)),
     responses((status = 200, body = u8)))]
 async fn pair(pair: ApiPath<(ExecutionId, u8)>) -> Json<u8> {
     Json(pair.0.1)
 }
 
-#[utoipa::path(get, path = "/panic", responses((status = 200)))]
+#[utoipa::path(get, path = "/panic", security(("bearer" = ["tasks:read"])), responses((status = 200)))]
 async fn panics() -> Response {
     if std::hint::black_box(true) {
         panic!("on purpose, by a test");
@@ -95,18 +98,18 @@ async fn panics() -> Response {
     StatusCode::OK.into_response()
 }
 
-#[utoipa::path(get, path = "/fails", responses((status = 200)))]
+#[utoipa::path(get, path = "/fails", security(("bearer" = ["tasks:read"])), responses((status = 200)))]
 async fn fails() -> Result<Response, Problem> {
     Err(Problem::internal(std::io::Error::other("hidden")))
 }
 
-#[utoipa::path(get, path = "/busy", responses((status = 429)))]
+#[utoipa::path(get, path = "/busy", security(("bearer" = ["tasks:read"])), responses((status = 429)))]
 async fn busy() -> Problem {
     Problem::new(Code::QueueFull, "The queue is full.").retry_after(3)
 }
 
 /// Answers when the gate opens.
-#[utoipa::path(get, path = "/gate", responses((status = 200, body = String)))]
+#[utoipa::path(get, path = "/gate", security(("bearer" = ["tasks:read"])), responses((status = 200, body = String)))]
 async fn wait_at_gate(Extension(gate): Extension<Gate>) -> &'static str {
     let opened = gate.open.notified();
     gate.entered.add_permits(1);
@@ -115,27 +118,25 @@ async fn wait_at_gate(Extension(gate): Extension<Gate>) -> &'static str {
 }
 
 /// Far more than the socket's buffers hold.
-#[utoipa::path(get, path = "/flood", responses((status = 200)))]
+#[utoipa::path(get, path = "/flood", security(("bearer" = ["tasks:read"])), responses((status = 200)))]
 async fn flood() -> Vec<u8> {
     vec![b'x'; 64 << 20]
 }
 
-#[utoipa::path(get, path = "/socket", responses((status = 101)))]
+#[utoipa::path(get, path = "/socket", security(("bearer" = ["tasks:read"])), responses((status = 101)))]
 async fn socket(
-    Extension(auth): Extension<Auth>,
+    Extension(admission): Extension<Admission>,
     Extension(slot): Extension<ConnectionSlot>,
     upgrade: WebSocketUpgrade,
-    request: axum::extract::Request,
 ) -> Response {
-    let presented = auth.presented(request.headers(), peer(request.extensions()));
-    if presented == Presented::Invalid {
-        return auth.refusal().into_response();
+    let mut valid = !admission.is_open();
+    if valid && let Err(problem) = admission.granted().await {
+        return problem.into_response();
     }
     upgrade.protocols([STREAM_PROTOCOL]).on_upgrade(move |mut socket| async move {
         let _slot = slot;
-        let mut valid = presented == Presented::Valid;
         while let Some(Ok(Message::Text(text))) = socket.recv().await {
-            valid |= auth.check(&text);
+            valid |= admission.granted_to(&text).await.is_ok();
             if socket.send(Message::text(valid.to_string())).await.is_err() {
                 return;
             }
@@ -143,10 +144,12 @@ async fn socket(
     })
 }
 
-#[derive(Clone, Copy)]
 struct Setup {
     secret: bool,
+    tokens: Option<TokenSource>,
     auth_off: bool,
+    metrics_auth: bool,
+    slowing: Slowing,
     edge: EdgeLimits,
     server: ServerLimits,
 }
@@ -155,7 +158,11 @@ impl Default for Setup {
     fn default() -> Self {
         Self {
             secret: true,
+            tokens: None,
             auth_off: false,
+            metrics_auth: false,
+            // Not what is under test.
+            slowing: Slowing { free: u32::MAX, ..Slowing::default() },
             edge: EdgeLimits { request: NEVER, body: BodyLimits { max_bytes: 1 << 20, deadline: NEVER } },
             server: ServerLimits {
                 header_timeout: NEVER,
@@ -184,7 +191,12 @@ impl Server {
     async fn start(setup: Setup) -> Self {
         let tasks = Tasks::new();
         let gate = Gate { entered: Arc::new(Semaphore::new(0)), open: Arc::new(Notify::new()) };
-        let auth = Auth::new(setup.secret.then(|| SECRET.into()), setup.auth_off);
+        let metrics = Metrics::new().unwrap();
+        let sources =
+            Sources { shared_secret: setup.secret.then(|| Source::Given(SECRET.into())), tokens: setup.tokens };
+        let settings =
+            AuthSettings { sources, project: PROJECT.to_owned(), off: setup.auth_off, slowing: setup.slowing };
+        let auth = Auth::new(settings, metrics.clone()).unwrap();
         let ready = Arc::new(AtomicBool::new(true));
         let readiness = {
             let ready = Arc::clone(&ready);
@@ -198,7 +210,7 @@ impl Server {
                 })
             })
         };
-        let probes = Probes { metrics: Metrics::new().unwrap(), readiness };
+        let probes = Probes { metrics, readiness };
         let protected = OpenApiRouter::new()
             .routes(routes!(echo))
             .routes(routes!(maybe))
@@ -210,9 +222,9 @@ impl Server {
             .routes(routes!(wait_at_gate))
             .routes(routes!(flood))
             .layer(Extension(gate.clone()));
-        let streams = OpenApiRouter::new().routes(routes!(socket)).layer(Extension(auth.clone()));
-        let edge = Edge { auth, probes, limits: setup.edge };
-        let (router, document) = assemble(&edge, Routes { protected, streams });
+        let streams = OpenApiRouter::new().routes(routes!(socket));
+        let edge = Edge { auth, probes, limits: setup.edge, metrics_auth: setup.metrics_auth };
+        let (router, document) = assemble(&edge, Routes { protected, streams }).unwrap();
 
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

@@ -1,6 +1,7 @@
 //! What several tests share.
 
 pub(crate) mod follower;
+pub(crate) mod mint;
 pub(crate) mod postgres;
 pub(crate) mod proxy;
 pub(crate) mod sidecar;

@@ -348,6 +348,16 @@ impl Sidecar {
         soon("a WebSocket", tokio_tungstenite::connect_async(request)).await.unwrap().0
     }
 
+    /// Waits for a line of the log that has this in it.
+    pub(crate) async fn logged(&mut self, text: &str) -> String {
+        loop {
+            let line = soon(text, self.log.recv()).await.unwrap_or_else(|| panic!("it ended before it logged {text}"));
+            if line.contains(text) {
+                return line;
+            }
+        }
+    }
+
     /// What is in the sidecar's log beside what was waited for.
     pub(crate) fn log_so_far(&mut self) -> Vec<String> {
         std::iter::from_fn(|| self.log.try_recv().ok()).collect()
