@@ -43,6 +43,7 @@ fn an_empty_environment_gives_the_contracts_defaults() {
         let seconds = [
             (c.task_timeout, 3600),
             (c.stall_timeout, 300),
+            (c.unresponsive_timeout, 45),
             (c.session_idle_timeout, 900),
             (c.start_timeout, 60),
             (c.first_event_timeout, 60),

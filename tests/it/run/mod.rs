@@ -15,3 +15,4 @@ mod secrets;
 mod streams;
 mod users;
 mod visible;
+mod wrecked;

@@ -1,5 +1,6 @@
 //! What several tests share.
 
+pub(crate) mod between;
 pub(crate) mod postgres;
 pub(crate) mod proxy;
 pub(crate) mod sidecar;
