@@ -1,11 +1,13 @@
 //! The main job, end to end: a real sidecar drives the real OpenCode. Only the model is scripted.
 
 mod bad_input;
+mod clock;
 mod ending;
 mod faults;
 mod idempotency;
 mod life;
 mod main_job;
+mod million;
 mod model_config;
 mod outage;
 mod queue;

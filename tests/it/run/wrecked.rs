@@ -40,7 +40,8 @@ fn assert_ends(events: &[Value]) {
     let results: Vec<_> = of("tool_result").map(|data| &data["call_id"]).collect();
     assert_eq!(calls, results, "{events:#?}");
     for part in of("message").filter(|data| data["delta"].is_string()).map(|data| &data["part_id"]) {
-        let told: String = of("message").filter(|d| d["part_id"] == *part).filter_map(|d| d["delta"].as_str()).collect();
+        let told: String =
+            of("message").filter(|d| d["part_id"] == *part).filter_map(|d| d["delta"].as_str()).collect();
         let ends: Vec<_> = of("message").filter(|d| d["part_id"] == *part && d["final"] == true).collect();
         assert_eq!(ends.iter().map(|end| &end["text"]).collect::<Vec<_>>(), [&json!(told)], "{events:#?}");
     }

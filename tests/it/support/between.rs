@@ -51,9 +51,7 @@ pub(crate) enum Fault {
     /// These on and on.
     Endless(&'static str),
     /// The connection ends in the middle of an event: at once without a word, or as TCP does it in good order.
-    Cut {
-        reset: bool,
-    },
+    Cut { reset: bool },
     /// The answer ends in the middle of an event, as HTTP does it in good order.
     End,
     /// Nothing more on the event stream.
