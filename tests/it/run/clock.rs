@@ -1,5 +1,5 @@
-//! The machine's clock jumps, forwards by two days and backwards by an hour, while a sidecar and its OpenCode work. What
-//! waits goes by another clock; what has to outlive the process goes by this one, and is never negative.
+//! The clock jumps, forwards by two days and backwards by an hour, while a sidecar works. What waits goes by another clock;
+//! what has to outlive the process goes by this one, and is never negative.
 
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
@@ -18,7 +18,7 @@ use tempfile::TempDir;
 const HOUR: i64 = 3600;
 const DAY: i64 = 24 * HOUR;
 
-/// A clock for a sidecar and the OpenCodes that it starts.
+/// A clock for a sidecar, and for the OpenCodes that it starts where they are to have it too.
 struct Clock {
     directory: TempDir,
     offset: File,
@@ -66,15 +66,9 @@ impl Clock {
         self.offset.write_all_at(&seconds.to_ne_bytes(), 0).unwrap();
     }
 
-    async fn sidecar(&self, world: &World, retention_days: &str) -> Sidecar {
+    async fn sidecar(&self, world: &World, changes: &[(&str, &str)]) -> Sidecar {
         let preload = self.preload();
-        let command = self.command();
-        let mut changes = vec![
-            ("SANDBOX", "off"),
-            ("OPENCODE_COMMAND", &command),
-            ("RETENTION_DAYS", retention_days),
-            ("MAX_CONCURRENT_TASKS", "1"),
-        ];
+        let mut changes = [changes, &[("MAX_CONCURRENT_TASKS", "1")]].concat();
         changes.extend(preload.iter().map(|(name, value)| (*name, value.as_str())));
         world.start(&changes).await
     }
@@ -120,7 +114,7 @@ async fn history(sidecar: &Sidecar) -> Vec<String> {
 async fn a_clock_that_jumps_loses_nothing_and_ends_nothing() {
     let world = World::new().await;
     let clock = Clock::new(&world).await;
-    let sidecar = clock.sidecar(&world, "36500").await;
+    let sidecar = clock.sidecar(&world, &[("RETENTION_DAYS", "36500")]).await;
     let short = Script::new().text("Short.");
     let (status, first) = submit(&sidecar, "first", &short).await;
     assert_eq!(status, 202);
@@ -174,7 +168,7 @@ async fn a_clock_that_jumps_loses_nothing_and_ends_nothing() {
                 completed_at = completed_at - interval '3 days' WHERE id = '{first}'"
     );
     database.execute(AssertSqlSafe(age)).await.unwrap();
-    let sidecar = clock.sidecar(&world, "1").await;
+    let sidecar = clock.sidecar(&world, &[("RETENTION_DAYS", "1")]).await;
     soon("what is old is removed", async {
         loop {
             let answer = sidecar.http.get(format!("{}/metrics", sidecar.base)).send().await.unwrap();
@@ -188,5 +182,29 @@ async fn a_clock_that_jumps_loses_nothing_and_ends_nothing() {
     assert_eq!(sidecar.follow(&long).await, events);
     assert_eq!(submit(&sidecar, "queued", &short).await, (200, queued));
     assert_eq!(submit(&sidecar, "long", &long_script).await, (200, long));
+    sidecar.stop().await;
+}
+
+/// OpenCode 1.18.33 orders its messages by the time in their ids. Where that goes back within a run, it does not see that
+/// it has its answer, and asks the model for another one for ever: what ends that is the budget, and the run has failed.
+#[tokio::test]
+async fn an_opencode_whose_clock_goes_back_is_held_by_the_budget() {
+    let world = World::new().await;
+    let clock = Clock::new(&world).await;
+    let sidecar = clock.sidecar(&world, &[("SANDBOX", "off"), ("OPENCODE_COMMAND", &clock.command())]).await;
+    let script = Script::new().bash("echo on; until [ -e a ]; do sleep 0.05; done").text("An answer.");
+    let id = sidecar.submit_with(&script, json!({ "limits": { "model_calls": 4 } })).await;
+    sidecar.stream(&id, 0).await.until("it runs", |e| e["type"] == "stdout").await;
+    clock.jump(-HOUR);
+    fs::write(world.file("a"), "").unwrap();
+    let events = sidecar.follow(&id).await;
+    let complete = &events.last().unwrap()["data"];
+    assert_eq!(
+        (&complete["status"], &complete["reason"]),
+        (&json!("failed"), &json!("budget_exceeded")),
+        "{events:#?}"
+    );
+    let next = sidecar.submit(&script).await;
+    assert_eq!(sidecar.finished(&next).await["status"], "completed");
     sidecar.stop().await;
 }
