@@ -96,6 +96,7 @@ fn each_variable_is_read_and_checked() {
         ("TASK_TIMEOUT", "10", &["0", "10s", "2592001"]),
         ("SESSION_TIMEOUT", "10", &["0", "1.5"]),
         ("STALL_TIMEOUT", "10", &["0", "86401"]),
+        ("UNRESPONSIVE_TIMEOUT", "15", &["14", "3601", "x"]),
         ("START_TIMEOUT", "10", &["0", "3601"]),
         ("FIRST_EVENT_TIMEOUT", "10", &["0", "x"]),
         ("SHUTDOWN_GRACE_SECONDS", "5", &["0", "x"]),

@@ -1,7 +1,7 @@
 //! The clock jumps, forwards by two days and backwards by an hour, while a sidecar works. What waits goes by another clock;
 //! what has to outlive the process goes by this one, and is never negative.
 
-#![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test's own helpers fail like the test")]
 
 use crate::support::sidecar::{Sidecar, World, answer, opencode, soon};
 use chrono::{DateTime, TimeDelta, Utc};

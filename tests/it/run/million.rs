@@ -3,7 +3,7 @@
 //!
 //! With `SOAK` set it is a million; without, as many as fit into the suite.
 
-#![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test's own helpers fail like the test")]
 
 use crate::support::sidecar::{Sidecar, Socket, World, soon};
 use futures_util::StreamExt;
@@ -133,7 +133,7 @@ struct Reader {
 }
 
 enum From {
-    Sse { response: Response, parser: Parser, waiting: VecDeque<String> },
+    Sse { response: Box<Response>, parser: Parser, waiting: VecDeque<String> },
     Socket(Box<Socket>),
 }
 
@@ -142,7 +142,7 @@ impl Reader {
         let url = format!("{}/tasks/{}/stream", sidecar.base, log.id);
         let request = sidecar.http.get(url).bearer_auth(&sidecar.secret).header("accept", "text/event-stream");
         let response = soon("a stream", request.send()).await.unwrap();
-        let from = From::Sse { response, parser: Parser::default(), waiting: VecDeque::new() };
+        let from = From::Sse { response: Box::new(response), parser: Parser::default(), waiting: VecDeque::new() };
         Self { seen: Seen::default(), from }
     }
 
@@ -183,7 +183,7 @@ impl Reader {
         true
     }
 
-    async fn to_the_end(mut self, log: &Log) -> u64 {
+    async fn until_the_end(mut self, log: &Log) -> u64 {
         while self.take(u64::MAX).await {}
         self.seen.all_of(log)
     }
@@ -233,10 +233,10 @@ async fn read_in_every_way(sidecar: &Sidecar, log: &Log) -> u64 {
     let begun = Instant::now();
     let (sse, socket) = (slow.swap_remove(0), slow.swap_remove(1));
     drop(slow);
-    assert_eq!(sse.to_the_end(log).await, digest);
+    assert_eq!(sse.until_the_end(log).await, digest);
     timed("server-sent events", begun);
     let begun = Instant::now();
-    assert_eq!(socket.to_the_end(log).await, digest);
+    assert_eq!(socket.until_the_end(log).await, digest);
     timed("WebSocket", begun);
     let begun = Instant::now();
     output(sidecar, log).await;

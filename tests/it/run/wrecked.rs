@@ -1,6 +1,8 @@
 //! OpenCode dies, freezes, or says something that is none of its events, in the middle of a run. The run ends in time, as
 //! what it was, with a sentence for the user; nothing of it is left, and the next task runs.
 
+#![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
+
 use crate::support::between::{After, Between, Fault};
 use crate::support::sidecar::{Sidecar, World, runs, soon};
 use nix::errno::Errno;
