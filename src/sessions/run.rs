@@ -457,13 +457,13 @@ impl<'a> State<'a> {
             // Seen again by the decision at the next idle. One that comes before any work may have none.
             Signal::Error(_) => {}
             Signal::PermissionAsked { request_id } => {
-                let refused = self.ask(self.session.client.refuse_permission(&request_id)).await?;
+                let refused = self.ask("refuse permission", self.session.client.refuse_permission(&request_id)).await?;
                 self.permission_refused = true;
                 let answer = json!({ "request_id": request_id, "reply": "reject", "by": "sidecar" });
                 self.answered(EventType::Permission, refused, answer).await;
             }
             Signal::QuestionAsked { request_id } => {
-                let refused = self.ask(self.session.client.reject_question(&request_id)).await?;
+                let refused = self.ask("reject question", self.session.client.reject_question(&request_id)).await?;
                 self.permission_refused = true;
                 self.answered(EventType::Question, refused, json!({ "request_id": request_id, "answers": null })).await;
             }
@@ -472,15 +472,19 @@ impl<'a> State<'a> {
     }
 
     /// Asks OpenCode something. `None` where that became pointless meanwhile; the next round says why.
-    async fn ask<T>(&self, call: impl Future<Output = Result<T, ClientError>>) -> Option<Result<T, ClientError>> {
+    async fn ask<T>(
+        &self,
+        call: &'static str,
+        asked: impl Future<Output = Result<T, ClientError>>,
+    ) -> Option<Result<T, ClientError>> {
         let patience = self.session.shared.settings.unresponsive_timeout;
         tokio::select! {
             biased;
             () = self.run.stop.cancelled() => None,
             () = tokio::time::sleep_until(self.run.deadline) => None,
             _ = self.session.server.process.exited() => None,
-            answer = tokio::time::timeout(patience, call) => {
-                Some(answer.unwrap_or(Err(ClientError::Timeout { call: "a question within a run" })))
+            answer = tokio::time::timeout(patience, asked) => {
+                Some(answer.unwrap_or(Err(ClientError::Timeout { call })))
             }
         }
     }
@@ -504,7 +508,7 @@ impl<'a> State<'a> {
         if let Some((failure, _)) = &self.winding_down {
             return Some(Err(failure.clone()));
         }
-        let last = self.ask(self.last_assistant()).await?;
+        let last = self.ask("messages", self.last_assistant()).await?;
         let unread = last.as_ref().err().map(|error| {
             tracing::warn!(error = error as &dyn std::error::Error, "OpenCode's messages cannot be read");
             unresponsive(format!("OpenCode has stopped, but cannot be asked how: {error}."))

@@ -4,7 +4,7 @@
 //! The sidecar starts a script in OpenCode's place, which starts the real one on another port. What is done to a run
 //! is named by its prompt ([`Between::prompt`]), so that several runs side by side each have a fault of their own.
 
-#![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test's own helpers fail like the test")]
 
 use super::sidecar::{Sidecar, World, opencode, soon};
 use bytes::Bytes;
@@ -27,9 +27,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
-/// Ports for OpenCodes, and how far behind each the real one listens.
+/// Ports for the OpenCodes of one sidecar, where they are, and how far behind each the real one listens.
 const PORTS: u16 = 16;
-const BEHIND: u16 = 7_000;
+const FROM: u16 = 25_000;
+const BEHIND: u16 = 3_000;
 
 /// After which event a fault begins.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -98,11 +99,9 @@ impl Between {
             hanging: watch::Sender::new(0),
             http: reqwest::Client::builder().no_proxy().build().unwrap(),
         });
-        let range = world.environment(&[])["SESSION_PORT_RANGE"].clone();
-        let first: u16 = range.split_once('-').unwrap().0.parse().unwrap();
+        let (first, listeners) = listen().await;
         let tasks = Tasks::new();
-        for port in first..first + PORTS {
-            let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
+        for (port, listener) in (first..).zip(listeners) {
             let (shared, connections) = (Arc::clone(&shared), tasks.clone());
             tasks.spawn("between", async move {
                 while let Ok((stream, _)) = listener.accept().await {
@@ -143,6 +142,23 @@ impl Between {
     pub(crate) async fn hanging(&self, count: usize) {
         soon("a call that hangs", self.shared.hanging.subscribe().wait_for(|hanging| *hanging >= count)).await.unwrap();
     }
+}
+
+/// A block of ports that nobody listens on; other tests look for theirs at the same time.
+async fn listen() -> (u16, Vec<TcpListener>) {
+    let blocks = BEHIND / PORTS;
+    let begin = u16::try_from(std::process::id() % u32::from(blocks)).unwrap();
+    for block in (0..blocks).map(|block| (begin + block) % blocks) {
+        let first = FROM + block * PORTS;
+        let mut listeners = Vec::new();
+        for port in first..first + PORTS {
+            listeners.extend(TcpListener::bind(("127.0.0.1", port)).await);
+        }
+        if listeners.len() == usize::from(PORTS) {
+            return (first, listeners);
+        }
+    }
+    panic!("no block of {PORTS} free ports");
 }
 
 impl Shared {
