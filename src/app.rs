@@ -342,6 +342,7 @@ impl App {
                 start_timeout: config.start_timeout,
                 first_event_timeout: config.first_event_timeout,
                 stall_timeout: config.stall_timeout,
+                unresponsive_timeout: config.unresponsive_timeout,
                 header_timeout: config.model_header_timeout,
                 idle_timeout: config.model_idle_timeout,
                 warm: config.warm_pool_size,

@@ -69,6 +69,7 @@ pub struct Config {
     pub max_queued_tasks: usize,
     pub task_timeout: Duration,
     pub stall_timeout: Duration,
+    pub unresponsive_timeout: Duration,
     /// How long the process of a caller's session rests before it is ended.
     pub session_idle_timeout: Duration,
     pub start_timeout: Duration,
@@ -171,6 +172,7 @@ impl Config {
             max_queued_tasks: r.number("MAX_QUEUED_TASKS", 0, 1_000_000),
             task_timeout: Duration::from_secs(r.either("TASK_TIMEOUT", "SESSION_TIMEOUT", 1, 30 * DAY)),
             stall_timeout: r.seconds("STALL_TIMEOUT", DAY),
+            unresponsive_timeout: Duration::from_secs(r.number("UNRESPONSIVE_TIMEOUT", LEAST_SILENCE, HOUR)),
             session_idle_timeout: r.seconds("SESSION_IDLE_TIMEOUT", DAY),
             start_timeout: r.seconds("START_TIMEOUT", HOUR),
             first_event_timeout: r.seconds("FIRST_EVENT_TIMEOUT", HOUR),
@@ -226,6 +228,9 @@ impl Config {
         usize::try_from(range.end() - range.start()).map_or(usize::MAX, |beyond_the_first| beyond_the_first + 1)
     }
 }
+
+/// OpenCode gives a sign of life every 10 s.
+const LEAST_SILENCE: u64 = 15;
 
 /// Two segments: with less there would be no room again once the database has it all.
 const LEAST_JOURNAL: u64 = 16 << 20;

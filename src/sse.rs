@@ -4,15 +4,17 @@
 //! bound, and what is on the other end of `/event` is a process that runs a stranger's code. It reads bytes and
 //! nothing else; what an event means is for the module that asked.
 
-/// The longest event that is taken, in bytes. A tool part carries the tool's whole input and output, so it may be
-/// large; but not endless.
+/// The longest event that is taken, in bytes, with the comments before it. A tool part carries the tool's whole input and
+/// output, so it may be large; but not endless.
 pub const MAX_EVENT: usize = 32 * 1024 * 1024;
 
 /// What can be wrong with a stream.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SseError {
-    #[error("an event is longer than {MAX_EVENT} bytes")]
+    #[error("no event ends within {MAX_EVENT} bytes")]
     TooLong,
+    #[error("a line is no field of an event")]
+    NotAField,
     #[error("an event is not UTF-8")]
     NotUtf8,
 }
@@ -22,6 +24,8 @@ pub enum SseError {
 pub struct Parser {
     line: Vec<u8>,
     data: Vec<u8>,
+    /// Bytes since the last event.
+    taken: usize,
     has_data: bool,
     after_cr: bool,
 }
@@ -54,7 +58,9 @@ impl Parser {
     }
 
     fn extend_line(&mut self, bytes: &[u8]) -> Result<(), SseError> {
-        if self.line.len() + self.data.len() + bytes.len() > MAX_EVENT {
+        // An empty line counts too, as its end.
+        self.taken += bytes.len() + 1;
+        if self.taken > MAX_EVENT {
             return Err(SseError::TooLong);
         }
         self.line.extend_from_slice(bytes);
@@ -66,22 +72,29 @@ impl Parser {
         if line.is_empty() {
             let data = std::mem::take(&mut self.data);
             if std::mem::take(&mut self.has_data) {
+                self.taken = 0;
                 events.push(String::from_utf8(data).map_err(|_| SseError::NotUtf8)?);
             }
-        } else if let Some(rest) = line.strip_prefix(b"data") {
-            let value = match rest {
-                [] => rest,
-                [b':', b' ', value @ ..] | [b':', value @ ..] => value,
-                _ => return Ok(()), // another field whose name begins with "data"
-            };
-            if self.has_data {
-                self.data.push(b'\n');
-            }
-            self.has_data = true;
-            self.data.extend_from_slice(value);
+            return Ok(());
         }
-        // Comments and the other fields (`event`, `id`, `retry`) say nothing to us.
-        Ok(())
+        let (name, value) = match line.iter().position(|b| *b == b':') {
+            Some(end) => (&line[..end], &line[end + 1..]),
+            None => (&line[..], &[] as &[u8]),
+        };
+        match name {
+            b"data" => {
+                if self.has_data {
+                    self.data.push(b'\n');
+                }
+                self.has_data = true;
+                self.data.extend_from_slice(value.strip_prefix(b" ").unwrap_or(value));
+                Ok(())
+            }
+            // Comments, and the other fields, say nothing to us.
+            b"" | b"event" | b"id" | b"retry" => Ok(()),
+            // The specification lets it pass. But an event may be in it, and would be gone.
+            _ => Err(SseError::NotAField),
+        }
     }
 }
 
@@ -100,7 +113,7 @@ mod tests {
 
     #[test]
     fn the_same_whatever_the_pieces() {
-        let text = "data: {\"a\":1}\n\n: comment\n\ndata:zwei\r\n\r\nevent: x\nid: 4\ndata: l1\ndata: l2\n\ndatabase: no\n\ndata\n\ndata: ü\u{1f600}\n\ndata: never ended\n";
+        let text = "data: {\"a\":1}\n\n: comment\n\ndata:zwei\r\n\r\nevent: x\nid: 4\ndata: l1\ndata: l2\n\nretry: 1000\n\ndata\n\ndata: ü\u{1f600}\n\ndata: never ended\n";
         let want = vec!["{\"a\":1}", "zwei", "l1\nl2", "", "ü\u{1f600}"];
         for pieces in [1, 2, 3, 5, 7, 1000] {
             assert_eq!(parse_in(pieces, text.as_bytes()), want, "{pieces}");
@@ -112,10 +125,22 @@ mod tests {
         let mut parser = Parser::default();
         let mut events = Vec::new();
         assert_eq!(parser.push(b"data: \xff\n\n", &mut events), Err(SseError::NotUtf8));
+        for line in ["database: no", "xdata: {}", "HTTP/1.1 200 OK", "{}", "\0"] {
+            let mut parser = Parser::default();
+            let text = format!("{line}\n");
+            assert_eq!(parser.push(text.as_bytes(), &mut events), Err(SseError::NotAField), "{line}");
+        }
         let mut parser = Parser::default();
         let block = vec![b'x'; MAX_EVENT / 2 + 1];
         parser.push(b"data: ", &mut events).unwrap();
         parser.push(&block, &mut events).unwrap();
         assert_eq!(parser.push(&block, &mut events), Err(SseError::TooLong));
+        // In small pieces too, with an event now and then, and in what is no event at all.
+        for (name, end, is_too_long) in [("", "\n", true), ("", "\n\n", true), ("data", "\n\n", false)] {
+            let mut parser = Parser::default();
+            let piece = format!("{name}: {}{end}", "x".repeat(1000));
+            let pushed = (0..MAX_EVENT / 1000).try_for_each(|_| parser.push(piece.as_bytes(), &mut Vec::new()));
+            assert_eq!(pushed, if is_too_long { Err(SseError::TooLong) } else { Ok(()) }, "{piece:?}");
+        }
     }
 }

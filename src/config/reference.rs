@@ -50,6 +50,7 @@ pub(super) const REFERENCE: &[Variable] = &[
     var("TASK_TIMEOUT", "3600", "Longest run of an execution, in seconds"),
     var("SESSION_TIMEOUT", "", "Another name of TASK_TIMEOUT"),
     var("STALL_TIMEOUT", "300", "Time without any event after which a run counts as stalled, in seconds"),
+    var("UNRESPONSIVE_TIMEOUT", "45", "Time without a sign of life from OpenCode, which gives one every 10 s, and to take a prompt, in seconds; at least 15"),
     var("SESSION_IDLE_TIMEOUT", "900", "Time that the process of a session rests before it is ended, in seconds; the next prompt starts it again"),
     var("START_TIMEOUT", "60", "Time for OpenCode to start, in seconds"),
     var("FIRST_EVENT_TIMEOUT", "60", "Time from the prompt to OpenCode's first event, in seconds"),

@@ -48,6 +48,7 @@ fn an_empty_environment_gives_the_contracts_defaults() {
         let seconds = [
             (c.task_timeout, 3600),
             (c.stall_timeout, 300),
+            (c.unresponsive_timeout, 45),
             (c.session_idle_timeout, 900),
             (c.start_timeout, 60),
             (c.first_event_timeout, 60),
@@ -112,6 +113,7 @@ fn each_variable_is_read_and_checked() {
         ("TASK_TIMEOUT", "10", &["0", "10s", "2592001"]),
         ("SESSION_TIMEOUT", "10", &["0", "1.5"]),
         ("STALL_TIMEOUT", "10", &["0", "86401"]),
+        ("UNRESPONSIVE_TIMEOUT", "15", &["14", "3601", "x"]),
         ("START_TIMEOUT", "10", &["0", "3601"]),
         ("FIRST_EVENT_TIMEOUT", "10", &["0", "x"]),
         ("SHUTDOWN_GRACE_SECONDS", "5", &["0", "x"]),

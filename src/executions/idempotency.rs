@@ -4,6 +4,10 @@
 //! from the database at the start; a key that is submitted now joins them once its execution is durable. In between it is
 //! *claimed*: whoever sends the same key meanwhile waits for what becomes of it.
 //!
+//! Whether a key's time is over is asked of the clock on the wall, since the time outlives this process. A clock that is
+//! ahead for a while frees a key for as long as it is: the key is not forgotten sooner than this process has known it for
+//! [`LIFE`] by a clock that never jumps.
+//!
 //! The keys are those of this sidecar's project. Two sidecars that serve one project at the same time do not know what the
 //! other has taken since they started.
 
@@ -12,6 +16,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 /// How long a key stands for its first submission.
@@ -19,8 +24,8 @@ pub(super) const LIFE: TimeDelta = TimeDelta::hours(24);
 /// The most keys that are remembered at once: some 30 MB, half as much again with the longest ones. Each stands for an
 /// execution, so it takes a caller that submits more than one a second all day to get there.
 pub(super) const MOST: u32 = 100_000;
-/// How often those are removed whose time is over.
-const SWEEP: TimeDelta = TimeDelta::hours(1);
+/// How often those are forgotten that were known for so long.
+const SWEEP: Duration = Duration::from_secs(3600);
 
 /// A key with whose it is.
 type Name = (String, IdempotencyKey);
@@ -32,17 +37,22 @@ pub(super) struct Keys {
     inner: Mutex<Inner>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Inner {
     slots: HashMap<Name, Slot>,
-    swept: DateTime<Utc>,
+    swept: Instant,
 }
 
 #[derive(Debug)]
 enum Slot {
     /// It is being submitted; the channel closes when that is decided.
     Claimed(watch::Receiver<()>),
-    Taken(Fingerprint, Submitted),
+    Taken {
+        fingerprint: Fingerprint,
+        submitted: Submitted,
+        /// Since when it is known here.
+        since: Instant,
+    },
 }
 
 /// What is known of a submission's key.
@@ -68,7 +78,8 @@ pub(super) enum KeyError {
 impl Keys {
     /// None yet, and never more than `most`.
     pub(super) fn new(most: u32) -> Self {
-        Self { most: usize::try_from(most).unwrap_or(usize::MAX), inner: Mutex::default() }
+        let inner = Inner { slots: HashMap::new(), swept: Instant::now() };
+        Self { most: usize::try_from(most).unwrap_or(usize::MAX), inner: Mutex::new(inner) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -79,7 +90,8 @@ impl Keys {
     pub(super) fn remember(&self, taken: Vec<(Idempotency, Submitted)>) {
         let mut inner = self.lock();
         for (idempotency, submitted) in taken {
-            inner.slots.entry(name(&idempotency)).or_insert(Slot::Taken(idempotency.fingerprint, submitted));
+            let slot = Slot::taken(idempotency.fingerprint, submitted);
+            inner.slots.entry(name(&idempotency)).or_insert(slot);
         }
     }
 
@@ -89,8 +101,11 @@ impl Keys {
     /// [`KeyError`]
     pub(super) fn ask(self: &Arc<Self>, idempotency: Idempotency, now: DateTime<Utc>) -> Result<Known, KeyError> {
         let mut inner = self.lock();
-        if now - inner.swept >= SWEEP || inner.slots.len() >= self.most {
-            inner.swept = now;
+        if inner.swept.elapsed() >= SWEEP {
+            inner.swept = Instant::now();
+            inner.slots.retain(|_, slot| !slot.is_long_known());
+        }
+        if inner.slots.len() >= self.most {
             inner.slots.retain(|_, slot| !slot.is_over(now));
         }
         let is_full = inner.slots.len() >= self.most;
@@ -98,10 +113,10 @@ impl Keys {
         match inner.slots.entry(name(&idempotency)) {
             Entry::Occupied(slot) if !slot.get().is_over(now) => match slot.get() {
                 Slot::Claimed(decided) => return Ok(Known::Soon(decided.clone())),
-                Slot::Taken(first, submitted) if *first == idempotency.fingerprint => {
+                Slot::Taken { fingerprint, submitted, .. } if *fingerprint == idempotency.fingerprint => {
                     return Ok(Known::Yes(submitted.clone()));
                 }
-                Slot::Taken(..) => return Err(KeyError::Mismatch),
+                Slot::Taken { .. } => return Err(KeyError::Mismatch),
             },
             Entry::Vacant(_) if is_full => return Err(KeyError::Full),
             entry => drop(entry.insert_entry(Slot::Claimed(receiver))),
@@ -113,7 +128,7 @@ impl Keys {
     /// The execution is deleted: its key is free again, if it still has it.
     pub(super) fn forget(&self, idempotency: &Idempotency, id: ExecutionId) {
         if let Entry::Occupied(slot) = self.lock().slots.entry(name(idempotency))
-            && matches!(slot.get(), Slot::Taken(_, submitted) if submitted.id == id)
+            && matches!(slot.get(), Slot::Taken { submitted, .. } if submitted.id == id)
         {
             slot.remove();
         }
@@ -125,8 +140,16 @@ fn name(idempotency: &Idempotency) -> Name {
 }
 
 impl Slot {
+    fn taken(fingerprint: Fingerprint, submitted: Submitted) -> Self {
+        Self::Taken { fingerprint, submitted, since: Instant::now() }
+    }
+
     fn is_over(&self, now: DateTime<Utc>) -> bool {
-        matches!(self, Self::Taken(_, submitted) if now - submitted.created_at >= LIFE)
+        matches!(self, Self::Taken { submitted, .. } if now - submitted.created_at >= LIFE)
+    }
+
+    fn is_long_known(&self) -> bool {
+        matches!(self, Self::Taken { since, .. } if since.elapsed() >= LIFE.to_std().unwrap_or_default())
     }
 }
 
@@ -147,7 +170,7 @@ impl Claim {
 
     /// The submission was taken: from now on the key stands for it.
     pub(super) fn taken(self, submitted: Submitted) {
-        let slot = Slot::Taken(self.idempotency.fingerprint, submitted);
+        let slot = Slot::taken(self.idempotency.fingerprint, submitted);
         self.keys.lock().slots.insert(name(&self.idempotency), slot);
     }
 }

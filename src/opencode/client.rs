@@ -22,6 +22,8 @@ pub enum ClientError {
         #[source]
         source: reqwest::Error,
     },
+    #[error("OpenCode does not answer in time ({call})")]
+    Timeout { call: &'static str },
     #[error("OpenCode answered {status} to {call}: {body}")]
     Status { call: &'static str, status: u16, body: String },
     #[error("OpenCode's answer to {call} has another shape than expected")]
@@ -171,18 +173,16 @@ impl Client {
         let request = self.request(reqwest::Method::GET, "/event");
         let response = tokio::time::timeout(CALL_TIMEOUT, request.send())
             .await
-            .map_err(|_| ClientError::Status { call: "events", status: 0, body: "no answer in time".to_owned() })?
+            .map_err(|_| ClientError::Timeout { call: "events" })?
             .map_err(transport)?;
         if !response.status().is_success() {
             let status = response.status().as_u16();
             return Err(ClientError::Status { call: "events", status, body: String::new() });
         }
         let mut stream = EventStream { response, parser: Parser::default(), waiting: VecDeque::new() };
-        let first = tokio::time::timeout(CALL_TIMEOUT, stream.next()).await.map_err(|_| ClientError::Status {
-            call: "events",
-            status: 0,
-            body: "no first event in time".to_owned(),
-        })??;
+        let first = tokio::time::timeout(CALL_TIMEOUT, stream.next())
+            .await
+            .map_err(|_| ClientError::Timeout { call: "first event" })??;
         match first {
             Some(event) if event.kind == "server.connected" => Ok(stream),
             _ => Err(ClientError::Status {
@@ -218,6 +218,10 @@ impl EventStream {
             let mut events = Vec::new();
             self.parser.push(&chunk, &mut events)?;
             self.waiting.extend(events);
+            if self.waiting.is_empty() {
+                // Bytes without an event may come for ever; whoever waits for something else too has its turn.
+                tokio::task::yield_now().await;
+            }
         }
     }
 }

@@ -7,7 +7,7 @@
 //! - it has a type of ours: translated, by the functions below;
 //! - it only repeats or prepares what others say (`message.updated`, `session.updated`, `session.diff`,
 //!   heartbeats …), or it is not about a session of this run at all (`plugin.added`, `catalog.updated` …): no event;
-//! - anything else about a session of this run: `opencode`, word for word.
+//! - anything else about a session of this run, and what has another form than we know: `opencode`, word for word.
 //!
 //! What the model writes when it sums up the conversation is no word to the user: it is translated as `reasoning`.
 //!
@@ -206,7 +206,7 @@ impl Translator {
         }
         // Changes of files name no session; the process serves one run at a time, so they are this run's.
         if event.kind == "file.watcher.updated" {
-            return self.file_changed(properties);
+            return self.file_changed(properties).unwrap_or_else(|| verbatim(event));
         }
         let Some(session) = event.session_id() else { return Step::default() };
         let is_root = session == self.root;
@@ -214,22 +214,22 @@ impl Translator {
             return Step::default();
         }
         let subagent = (!is_root).then(|| session.to_owned());
-        let mut step = match event.kind.as_str() {
+        let step = match event.kind.as_str() {
             "message.updated" => self.message_updated(properties, session),
             "message.part.updated" => self.part_updated(properties, session),
             "message.part.delta" => self.part_delta(properties),
             "session.status" => self.status(properties, session, now_ms),
-            "session.idle" if is_root && self.answering.is_some() => Step::signal(Signal::Stopping),
-            "session.idle" if is_root => Step::signal(Signal::Idle),
+            "session.idle" if is_root && self.answering.is_some() => Some(Step::signal(Signal::Stopping)),
+            "session.idle" if is_root => Some(Step::signal(Signal::Idle)),
             "session.error" => self.error(properties, is_root),
             "todo.updated" => self.todo(properties, is_root),
             "permission.asked" => permission_asked(properties),
             "question.asked" => question_asked(properties),
-            "session.compacted" => Step::event(NewEvent::log(
+            "session.compacted" => Some(Step::event(NewEvent::log(
                 Severity::Info,
                 "context_compacted",
                 "The conversation was summed up to fit the model's context.",
-            )),
+            ))),
             "permission.replied"
             | "question.replied"
             | "question.rejected"
@@ -240,12 +240,10 @@ impl Translator {
             | "session.deleted"
             | "session.diff"
             | "session.idle"
-            | "file.edited" => Step::default(),
-            _ => Step::event(
-                NewEvent::new(EventType::Opencode, json!({ "type": event.kind, "properties": properties }))
-                    .severity(Severity::Debug),
-            ),
+            | "file.edited" => Some(Step::default()),
+            _ => None,
         };
+        let mut step = step.unwrap_or_else(|| verbatim(event));
         if let Some(subagent) = subagent {
             for event in &mut step.events {
                 event.beside.insert("subagent".to_owned(), json!(subagent));
@@ -264,8 +262,10 @@ impl Translator {
         }
     }
 
-    fn message_updated(&mut self, properties: &Value, session: &str) -> Step {
-        let Ok(info) = MessageInfo::deserialize(&properties["info"]) else { return Step::default() };
+    // Of the following, `None` means that the event has another form than we know.
+
+    fn message_updated(&mut self, properties: &Value, session: &str) -> Option<Step> {
+        let info = MessageInfo::deserialize(&properties["info"]).ok()?;
         let mut step = Step::default();
         if info.role == "assistant" {
             let is_new = !self.roles.contains_key(&info.id);
@@ -293,7 +293,7 @@ impl Translator {
             }
         }
         self.roles.insert(info.id, info.role);
-        step
+        Some(step)
     }
 
     fn flush_error(&mut self) -> Option<NewEvent> {
@@ -304,18 +304,18 @@ impl Translator {
         )
     }
 
-    fn part_updated(&mut self, properties: &Value, session: &str) -> Step {
-        let Ok(part) = Part::deserialize(&properties["part"]) else { return Step::default() };
+    fn part_updated(&mut self, properties: &Value, session: &str) -> Option<Step> {
+        let part = Part::deserialize(&properties["part"]).ok()?;
         if self.roles.get(&part.message_id).is_some_and(|role| role == "user") {
-            return Step::default();
+            return Some(Step::default());
         }
-        match part.kind.as_str() {
+        Some(match part.kind.as_str() {
             "text" if self.summaries.contains(&part.message_id) => self.text_part(&part, PartKind::Reasoning, session),
             "text" => self.text_part(&part, PartKind::Text, session),
             "reasoning" => self.text_part(&part, PartKind::Reasoning, session),
             "tool" => self.tool_part(&part, session),
             _ => Step::default(),
-        }
+        })
     }
 
     fn usage_so_far(&self) -> NewEvent {
@@ -349,17 +349,15 @@ impl Translator {
         Step::event(event)
     }
 
-    fn part_delta(&mut self, properties: &Value) -> Step {
-        let (Some(part), Some(delta)) = (properties["partID"].as_str(), properties["delta"].as_str()) else {
-            return Step::default();
-        };
+    fn part_delta(&mut self, properties: &Value) -> Option<Step> {
+        let (part, delta) = (properties["partID"].as_str()?, properties["delta"].as_str()?);
         let open = self.texts.iter_mut().find(|open| open.part == part);
         let Some(open) = open.filter(|_| properties["field"] == "text") else {
-            return Step::default();
+            return Some(Step::default());
         };
         open.text.push_str(delta);
         let data = json!({ "part_id": part, "delta": delta });
-        Step::event(NewEvent::new(open.kind.event_type(), data))
+        Some(Step::event(NewEvent::new(open.kind.event_type(), data)))
     }
 
     fn tool_part(&mut self, part: &Part, session: &str) -> Step {
@@ -386,11 +384,11 @@ impl Translator {
         step
     }
 
-    fn status(&mut self, properties: &Value, session: &str, now_ms: i64) -> Step {
+    fn status(&mut self, properties: &Value, session: &str, now_ms: i64) -> Option<Step> {
         let status = &properties["status"];
-        match status["type"].as_str() {
-            Some("busy") if session == self.root => Step::signal(Signal::Busy),
-            Some("retry") => {
+        Some(match status["type"].as_str()? {
+            "busy" if session == self.root => Step::signal(Signal::Busy),
+            "retry" => {
                 let wait_ms = status["next"].as_i64().map_or(0, |next| (next - now_ms).max(0));
                 let attempt = status["attempt"].as_u64().unwrap_or(0);
                 let event = self.retry(attempt, wait_ms, &sentence(status["message"].as_str().unwrap_or("")), session);
@@ -401,7 +399,7 @@ impl Translator {
             }
             // `session.idle` follows at once and is the one that counts.
             _ => Step::default(),
-        }
+        })
     }
 
     /// The remark that a call of the model is made again, and that what the answer asked for so far was done.
@@ -422,33 +420,32 @@ impl Translator {
         event
     }
 
-    fn error(&mut self, properties: &Value, is_root: bool) -> Step {
-        let Ok(error) = NamedError::deserialize(&properties["error"]) else { return Step::default() };
+    fn error(&mut self, properties: &Value, is_root: bool) -> Option<Step> {
+        let error = NamedError::deserialize(&properties["error"]).ok()?;
         if !is_root {
             let code = super::outcome::error_code(&error.name);
             let event = NewEvent::error(&code, &error.message(), false, None).severity(Severity::Warn);
-            return Step::event(event);
+            return Some(Step::event(event));
         }
         // It may be said again in more words, when the run is idle already (OPENCODE.md "Traps").
         if self.pending_error.as_ref().is_some_and(|e| e.name == error.name && error.message().contains(&e.message())) {
-            return Step::signal(Signal::Error(error));
+            return Some(Step::signal(Signal::Error(error)));
         }
         let events = self.flush_error().into_iter().collect();
         self.pending_error = Some(error.clone());
-        Step { events, signal: Some(Signal::Error(error)), ..Step::default() }
+        Some(Step { events, signal: Some(Signal::Error(error)), ..Step::default() })
     }
 
-    fn todo(&mut self, properties: &Value, is_root: bool) -> Step {
+    fn todo(&mut self, properties: &Value, is_root: bool) -> Option<Step> {
         let items: Vec<Value> = properties["todos"]
-            .as_array()
-            .into_iter()
-            .flatten()
+            .as_array()?
+            .iter()
             .map(|t| json!({ "content": t["content"], "status": t["status"], "priority": t["priority"] }))
             .collect();
         let todo = |items: &[Value]| NewEvent::new(EventType::Todo, json!({ "items": items }));
         // A sub-agent's list says nothing of the whole.
         if !is_root {
-            return Step::event(todo(&items));
+            return Some(Step::event(todo(&items)));
         }
         let counted: Vec<_> = items.iter().filter(|t| t["status"] != "cancelled").collect();
         let done = counted.iter().filter(|t| t["status"] == "completed").count();
@@ -456,13 +453,11 @@ impl Translator {
             0 => None,
             all => u8::try_from(done * 100 / all).ok(),
         };
-        Step::event(todo(&items).with("progress", json!(self.progress)))
+        Some(Step::event(todo(&items).with("progress", json!(self.progress))))
     }
 
-    fn file_changed(&mut self, properties: &Value) -> Step {
-        let (Some(file), Some(event)) = (properties["file"].as_str(), properties["event"].as_str()) else {
-            return Step::default();
-        };
+    fn file_changed(&mut self, properties: &Value) -> Option<Step> {
+        let (file, event) = (properties["file"].as_str()?, properties["event"].as_str()?);
         let change = match event {
             "add" => "added",
             "unlink" => "deleted",
@@ -473,12 +468,12 @@ impl Translator {
             None => file,
         };
         if path == ".git" || path.starts_with(".git/") {
-            return Step::default();
+            return Some(Step::default());
         }
         if !self.files.iter().any(|f| f == path) {
             self.files.push(path.to_owned());
         }
-        Step::event(NewEvent::new(EventType::File, json!({ "path": path, "change": change })))
+        Some(Step::event(NewEvent::new(EventType::File, json!({ "path": path, "change": change }))))
     }
 }
 
@@ -511,29 +506,34 @@ fn tool_result(part: &Part) -> NewEvent {
     NewEvent::new(EventType::ToolResult, data).severity(severity)
 }
 
-fn permission_asked(properties: &Value) -> Step {
-    let Some(id) = properties["id"].as_str() else { return Step::default() };
+fn verbatim(event: &RawEvent) -> Step {
+    let data = json!({ "type": event.kind, "properties": event.properties });
+    Step::event(NewEvent::new(EventType::Opencode, data).severity(Severity::Debug))
+}
+
+fn permission_asked(properties: &Value) -> Option<Step> {
+    let id = properties["id"].as_str()?;
     let data = json!({
         "request_id": id,
         "permission": properties["permission"],
         "patterns": properties["patterns"],
         "deadline": null,
     });
-    Step {
+    Some(Step {
         events: vec![NewEvent::new(EventType::Permission, data).severity(Severity::Warn)],
         signal: Some(Signal::PermissionAsked { request_id: id.to_owned() }),
         ..Step::default()
-    }
+    })
 }
 
-fn question_asked(properties: &Value) -> Step {
-    let Some(id) = properties["id"].as_str() else { return Step::default() };
+fn question_asked(properties: &Value) -> Option<Step> {
+    let id = properties["id"].as_str()?;
     let data = json!({ "request_id": id, "questions": properties["questions"], "deadline": null });
-    Step {
+    Some(Step {
         events: vec![NewEvent::new(EventType::Question, data).severity(Severity::Warn)],
         signal: Some(Signal::QuestionAsked { request_id: id.to_owned() }),
         ..Step::default()
-    }
+    })
 }
 
 /// OpenCode's numbers are JavaScript's; what counts things is never negative.

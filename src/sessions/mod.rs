@@ -70,6 +70,9 @@ pub struct Settings {
     pub first_event_timeout: Duration,
     /// Without any sign of life from agent, model or tools.
     pub stall_timeout: Duration,
+    /// Without any sign of life from OpenCode itself, which gives one every 10 s; and the longest that it may take to take
+    /// a prompt.
+    pub unresponsive_timeout: Duration,
     /// The broker's own clocks; OpenCode's come after them.
     pub header_timeout: Duration,
     pub idle_timeout: Duration,

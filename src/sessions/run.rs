@@ -27,8 +27,6 @@ use tokio_util::sync::CancellationToken;
 
 /// How often the deadlines are looked at.
 const TICK: Duration = Duration::from_secs(1);
-/// OpenCode sends a heartbeat every 10 s: a stream that is silent for longer than this is dead.
-const SILENCE: Duration = Duration::from_secs(45);
 /// How long an idle OpenCode may take to complete its last message, and one whose calls are refused to become idle.
 const SETTLE: Duration = Duration::from_secs(5);
 /// How long no limit is spoken of after one was.
@@ -91,8 +89,11 @@ impl std::fmt::Debug for Run<'_> {
 impl Run<'_> {
     /// Runs the task in the session, to its end. The process is left as it is.
     pub async fn run(&self, session: &mut Session) -> Ending {
+        let patience = session.shared.settings.unresponsive_timeout;
         let prepared = tokio::select! {
-            prepared = self.prepare(session) => prepared,
+            prepared = tokio::time::timeout(patience, self.prepare(session)) => prepared.unwrap_or_else(|_| {
+                Err(unresponsive(format!("OpenCode did not take the task within {} s.", patience.as_secs())))
+            }),
             exit = session.server.process.exited() => Err(crashed(session, &exit.to_string()).await),
             () = self.stop.cancelled() => return stopped(),
             () = tokio::time::sleep_until(self.deadline) => Err(timed_out(self.task)),
@@ -112,7 +113,8 @@ impl Run<'_> {
         match result {
             None => Ending { reason: Reason::Cancelled, ..ending(Ok(()), &state.translator, usage) },
             Some(result) => {
-                let settled = state.idle_since.is_some() && state.stopping_since.is_none();
+                let responds = result.as_ref().err().is_none_or(|f| f.reason != Reason::OpencodeUnresponsive);
+                let settled = responds && state.idle_since.is_some() && state.stopping_since.is_none();
                 Ending { settled, ..ending(result, &state.translator, usage) }
             }
         }
@@ -121,11 +123,7 @@ impl Run<'_> {
     async fn prepare(&self, session: &Session) -> Result<Prepared, Failure> {
         let unresponsive = |error: ClientError| {
             tracing::warn!(error = &error as &dyn std::error::Error, "OpenCode does not take the task");
-            Failure::new(
-                Reason::OpencodeUnresponsive,
-                "opencode_unresponsive",
-                format!("OpenCode does not take the task: {error}."),
-            )
+            unresponsive(format!("OpenCode does not take the task: {error}."))
         };
         let stream = session.client.events().await.map_err(unresponsive)?;
         let conversation = match &session.conversation {
@@ -238,6 +236,19 @@ fn disk_full(task: &Task, added: u64) -> Failure {
     Failure::new(Reason::DiskExhausted, "disk_exhausted", message)
 }
 
+fn unresponsive(message: String) -> Failure {
+    Failure::new(Reason::OpencodeUnresponsive, "opencode_unresponsive", message)
+}
+
+/// What became of an event stream, for people.
+fn how_lost(error: &ClientError) -> String {
+    match error {
+        ClientError::Stream(error) => error.to_string(),
+        ClientError::Garbage(_) => "it holds something that is no event".to_owned(),
+        _ => "its connection broke".to_owned(),
+    }
+}
+
 fn timed_out(task: &Task) -> Failure {
     let message = format!("The task was not done within its {} s.", task.timeout_seconds);
     Failure::new(Reason::Timeout, "timeout", message)
@@ -256,7 +267,9 @@ struct State<'a> {
     /// The agent was seen at work at least once.
     worked: bool,
     prompted: Instant,
-    last_event: Instant,
+    /// Looks at the clock since OpenCode's last event. They are counted, and no time is measured: what this process did
+    /// not run itself is no silence of OpenCode's.
+    silent_ticks: u32,
     last_sign: Instant,
     /// Since when OpenCode is idle.
     idle_since: Option<Instant>,
@@ -282,7 +295,7 @@ impl<'a> State<'a> {
             shells: Shells::new(),
             worked: false,
             prompted: now,
-            last_event: now,
+            silent_ticks: 0,
             last_sign: now,
             idle_since: None,
             stopping_since: None,
@@ -305,8 +318,8 @@ impl<'a> State<'a> {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let wound_down = self.winding_down.as_ref().map_or_else(|| self.run.deadline, |(_, until)| *until);
-            // The order is the order of precedence: a wish to end goes first, and what the shells wrote is taken in
-            // before OpenCode's word that they have ended.
+            // The order is the order of precedence: a wish to end goes first, what the shells wrote is taken in before
+            // OpenCode's word that they have ended, and OpenCode, which may never stop talking, is last.
             let step = tokio::select! {
                 biased;
                 () = self.run.stop.cancelled() => break None,
@@ -336,15 +349,18 @@ impl<'a> State<'a> {
                 }
                 added = disk_exhausted(self.session.disk.as_ref()) => Some(Err(disk_full(self.run.task, added.bytes))),
                 Ok(()) = output.changed() => self.too_much_output(output.borrow_and_update().bytes).map(Err),
-                event = self.stream.next() => match event {
-                    Ok(Some(event)) => self.event(&event).await,
-                    Ok(None) => Some(Err(self.lost_stream("it ended").await)),
-                    Err(error) => Some(Err(self.lost_stream(&error.to_string()).await)),
-                },
                 _ = tick.tick() => {
                     let (facts, last_output) = (facts.borrow().clone(), output.borrow().last);
                     self.look_at_the_clock(&facts, last_output).await
                 }
+                event = self.stream.next() => match event {
+                    Ok(Some(event)) => self.event(&event).await,
+                    Ok(None) => Some(Err(self.lost_stream("it ended").await)),
+                    Err(error) => {
+                        tracing::warn!(error = &error as &dyn std::error::Error, "OpenCode's event stream is lost");
+                        Some(Err(self.lost_stream(&how_lost(&error)).await))
+                    }
+                },
             };
             if let Some(result) = step {
                 break Some(result);
@@ -381,13 +397,13 @@ impl<'a> State<'a> {
             Err(_) => Failure::new(
                 Reason::OpencodeUnresponsive,
                 "opencode_stream_lost",
-                format!("OpenCode's event stream was lost although its process still runs ({how})."),
+                format!("OpenCode's event stream was lost although its process still runs: {how}."),
             ),
         }
     }
 
     async fn event(&mut self, event: &RawEvent) -> Option<Result<(), Failure>> {
-        self.last_event = Instant::now();
+        self.silent_ticks = 0;
         if event.kind == "server.heartbeat" {
             return None;
         }
@@ -456,29 +472,49 @@ impl<'a> State<'a> {
             // Seen again by the decision at the next idle. One that comes before any work may have none.
             Signal::Error(_) => {}
             Signal::PermissionAsked { request_id } => {
+                let refused = self.ask("refuse permission", self.session.client.refuse_permission(&request_id)).await?;
                 self.permission_refused = true;
-                if let Err(error) = self.session.client.refuse_permission(&request_id).await {
-                    tracing::warn!(error = &error as &dyn std::error::Error, "a permission could not be refused");
-                }
-                self.answered(
-                    EventType::Permission,
-                    json!({ "request_id": request_id, "reply": "reject", "by": "sidecar" }),
-                )
-                .await;
+                let answer = json!({ "request_id": request_id, "reply": "reject", "by": "sidecar" });
+                self.answered(EventType::Permission, refused, answer).await;
             }
             Signal::QuestionAsked { request_id } => {
+                let refused = self.ask("reject question", self.session.client.reject_question(&request_id)).await?;
                 self.permission_refused = true;
-                if let Err(error) = self.session.client.reject_question(&request_id).await {
-                    tracing::warn!(error = &error as &dyn std::error::Error, "a question could not be rejected");
-                }
-                self.answered(EventType::Question, json!({ "request_id": request_id, "answers": null })).await;
+                self.answered(EventType::Question, refused, json!({ "request_id": request_id, "answers": null })).await;
             }
         }
         None
     }
 
-    async fn answered(&self, kind: EventType, data: serde_json::Value) {
-        self.run.writer.append(NewEvent::new(kind, data).severity(Severity::Warn)).await;
+    /// Asks OpenCode something. `None` where that became pointless meanwhile; the next round says why.
+    async fn ask<T>(
+        &self,
+        call: &'static str,
+        asked: impl Future<Output = Result<T, ClientError>>,
+    ) -> Option<Result<T, ClientError>> {
+        let patience = self.session.shared.settings.unresponsive_timeout;
+        tokio::select! {
+            biased;
+            () = self.run.stop.cancelled() => None,
+            () = tokio::time::sleep_until(self.run.deadline) => None,
+            _ = self.session.server.process.exited() => None,
+            answer = tokio::time::timeout(patience, asked) => {
+                Some(answer.unwrap_or(Err(ClientError::Timeout { call })))
+            }
+        }
+    }
+
+    /// The agent has what it waited for, where OpenCode took it; else it waits on, and a clock ends that.
+    async fn answered(&self, kind: EventType, taken: Result<(), ClientError>, data: serde_json::Value) {
+        match taken {
+            Ok(()) => {
+                self.run.writer.append(NewEvent::new(kind, data).severity(Severity::Warn)).await;
+            }
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, kind = kind.as_str(), "OpenCode does not take an answer");
+            }
+        }
     }
 
     /// Decides, where OpenCode is idle and its last message tells how it ended.
@@ -487,13 +523,12 @@ impl<'a> State<'a> {
         if let Some((failure, _)) = &self.winding_down {
             return Some(Err(failure.clone()));
         }
-        let last = match self.last_assistant().await {
-            Ok(last) => last,
-            Err(error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "OpenCode's messages cannot be read");
-                None
-            }
-        };
+        let last = self.ask("messages", self.last_assistant()).await?;
+        let unread = last.as_ref().err().map(|error| {
+            tracing::warn!(error = error as &dyn std::error::Error, "OpenCode's messages cannot be read");
+            unresponsive(format!("OpenCode has stopped, but cannot be asked how: {error}."))
+        });
+        let last = last.ok().flatten();
         let facts = self.session.lease.facts().borrow().clone();
         let evidence = Evidence {
             last_assistant: last.as_ref(),
@@ -504,7 +539,9 @@ impl<'a> State<'a> {
         match decide(&evidence) {
             Verdict::Finished => Some(Ok(())),
             Verdict::Failed(failure) => Some(Err(failure)),
-            Verdict::Undecided if since.elapsed() >= SETTLE => Some(Err(decide_at_last(&evidence))),
+            Verdict::Undecided if since.elapsed() >= SETTLE => {
+                Some(Err(unread.unwrap_or_else(|| decide_at_last(&evidence))))
+            }
             Verdict::Undecided => None,
         }
     }
@@ -535,6 +572,7 @@ impl<'a> State<'a> {
             let message = "The execution's log cannot be written; it ends, since nobody could see what it does.";
             return Some(Err(Failure::new(Reason::Internal, "log_lost", message)));
         }
+        self.silent_ticks += 1;
         // A message that is never completed was given up in the middle.
         if self.stopping_since.is_some_and(|since| since.elapsed() >= SETTLE) {
             self.idle_since = self.idle_since.or(self.stopping_since);
@@ -543,12 +581,9 @@ impl<'a> State<'a> {
             return self.still_idle().await;
         }
         let settings = &self.session.shared.settings;
-        if self.last_event.elapsed() > SILENCE {
-            return Some(Err(Failure::new(
-                Reason::OpencodeUnresponsive,
-                "opencode_unresponsive",
-                format!("OpenCode sent no sign of life for {} s.", SILENCE.as_secs()),
-            )));
+        if TICK * self.silent_ticks > settings.unresponsive_timeout {
+            let silence = settings.unresponsive_timeout.as_secs();
+            return Some(Err(unresponsive(format!("OpenCode sent no sign of life for {silence} s."))));
         }
         if !self.worked && self.prompted.elapsed() > settings.first_event_timeout {
             // Where it reported an error and never began, that is what happened.

@@ -21,6 +21,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// How long OpenCode gets for each polite step of its end.
@@ -47,7 +48,7 @@ pub struct Wanted {
     /// Canonical.
     pub workdir: PathBuf,
     pub limits: Limits,
-    /// At most so long from exec to listening; the configured `START_TIMEOUT` where that is less.
+    /// At most so long from exec to listening and answering; the configured `START_TIMEOUT` where that is less.
     pub start_within: Duration,
     /// Calls the start off.
     pub stop: CancellationToken,
@@ -300,6 +301,8 @@ impl Session {
             confinement.network.namespace = settings.namespace;
             confinement
         });
+        let within = settings.start_timeout.min(wanted.start_within);
+        let start_by = Instant::now() + within;
         let to_launch = Launch {
             command: settings.command.clone(),
             directories: directories.clone(),
@@ -308,7 +311,7 @@ impl Session {
             user: place.user,
             confinement: confinement.clone(),
             limits: settings.confined.then(|| wanted.resources()),
-            deadline: settings.start_timeout.min(wanted.start_within),
+            deadline: within,
             stop: wanted.stop.clone(),
         };
         let server = match launch(&shared.sandbox, &shared.tasks, &shared.ports, &to_launch).await {
@@ -357,7 +360,9 @@ impl Session {
         };
         let ready = async {
             if shared.version.get().is_none() {
-                let version = session.client.version().await.map_err(SessionError::Silent)?;
+                let version = tokio::time::timeout_at(start_by, session.client.version()).await;
+                let version = version.unwrap_or(Err(ClientError::Timeout { call: "health" }));
+                let version = version.map_err(SessionError::Silent)?;
                 if version != OPENCODE_VERSION {
                     tracing::warn!(
                         version,
@@ -370,7 +375,11 @@ impl Session {
             }
             if warm { session.prime().await } else { Ok(()) }
         };
-        let ready = match ready.await {
+        let ready = tokio::select! {
+            ready = ready => ready,
+            () = session.wanted.stop.cancelled() => Err(LaunchError::CalledOff.into()),
+        };
+        let ready = match ready {
             Ok(()) => session.count_disk().await,
             Err(error) => Err(error),
         };

@@ -77,23 +77,6 @@ async fn time_over() {
 }
 
 #[tokio::test]
-async fn opencode_killed_from_outside() {
-    let world = World::new().await;
-    let sidecar = world.start(&[]).await;
-    let id = sidecar.submit(&stubborn("77003")).await;
-    let mut stream = sidecar.stream(&id, 0).await;
-    stream.until("output", |e| e["type"] == "stdout").await;
-    let opencode = sidecar.opencodes();
-    assert_eq!(opencode.len(), 1, "{:?}", sidecar.descendants());
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(opencode[0].cast_signed()), nix::sys::signal::Signal::SIGKILL)
-        .unwrap();
-    let record = sidecar.finished(&id).await;
-    assert_eq!((&record["status"], &record["reason"]), (&json!("failed"), &json!("opencode_crashed")), "{record:#}");
-    assert!(!runs("sleep 77003"));
-    sidecar.stop().await;
-}
-
-#[tokio::test]
 async fn an_opencode_that_does_not_start_says_why() {
     let world = World::new().await;
     let sidecar = world.start(&[("OPENCODE_COMMAND", "/bin/false")]).await;

@@ -1,12 +1,14 @@
 //! The main job, end to end: a real sidecar drives the real OpenCode. Only the model is scripted.
 
 mod bad_input;
+mod clock;
 mod ending;
 mod failpoints;
 mod faults;
 mod idempotency;
 mod life;
 mod main_job;
+mod million;
 mod model_config;
 mod outage;
 mod queue;
@@ -21,3 +23,4 @@ mod tokens;
 mod users;
 mod visible;
 mod walk;
+mod wrecked;

@@ -1,5 +1,6 @@
 //! What several tests share.
 
+pub(crate) mod between;
 pub(crate) mod follower;
 pub(crate) mod mint;
 pub(crate) mod postgres;
