@@ -398,14 +398,14 @@ impl Executions {
     /// History of the project, newest first.
     ///
     /// # Errors
-    /// Where the database cannot be asked.
+    /// Where the database cannot be asked, or lacks something that it does not take.
     pub async fn history(
         &self,
         filter: &HistoryFilter,
         before: Option<Cursor>,
         limit: u32,
     ) -> Result<Vec<ExecutionRecord>, StoreError> {
-        self.shared.events.settled().await;
+        self.shared.events.settled().await?;
         self.shared.store.history(&self.shared.settings.project, filter, before, limit).await
     }
 

@@ -43,12 +43,19 @@ pub enum Cause {
     Timeout(u64),
     #[error("it did not answer a moment ago")]
     Away,
+    #[error("it takes nothing, and lacks what waits for it")]
+    Behind,
 }
 
 impl StoreError {
     /// Whether the same call may succeed later with nothing changed in it.
     pub fn is_transient(&self) -> bool {
         matches!(self, Self::Unavailable(_) | Self::Refused(_))
+    }
+
+    /// What it has is not how things stand: something waits that it does not take.
+    pub fn behind() -> Self {
+        Self::Unavailable(Cause::Behind)
     }
 
     /// The database did not do it within this time.
