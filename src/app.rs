@@ -349,7 +349,7 @@ impl App {
             metrics.clone(),
         );
         let notifier = notifier(&config, state.instance, &database.store, &metrics, &tasks)?;
-        executions.recover(journal.power_lost()).await?;
+        executions.recover(journal.has_lost()).await?;
         // Only now: a start that ended before this would have the next one forget a loss of power.
         journal.begin().map_err(StartError::Journal)?;
         tasks.spawn("idle sessions", executions.clone().look_after_sessions());
@@ -463,7 +463,7 @@ async fn journal(config: &Config, tasks: &Tasks, store: &Store) -> Result<Arc<Jo
         if in_the_middle {
             tracing::error!(%file, bytes, "a part of the journal is damaged, and its events are lost");
         } else {
-            tracing::warn!(%file, bytes, "the end of the journal was not wholly written when the machine went down");
+            tracing::warn!(%file, bytes, "the end of the journal is damaged and was cut off: a write was cut short, or the disk has changed it");
         }
     }
     let journal = Arc::new(journal);

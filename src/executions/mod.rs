@@ -181,19 +181,19 @@ impl Executions {
     }
 
     /// Ends what an earlier life of this instance left unfinished: its processes are gone (each jail ends its own
-    /// with the sidecar), so the executions were interrupted. With `power_lost` their logs may lack events that somebody
+    /// with the sidecar), so the executions were interrupted. With `has_lost` their logs may lack events that somebody
     /// saw, and go on under a new epoch. Learns which keys were used in the last 24 h. Call it before anything is taken in.
     ///
     /// # Errors
     /// Where the database cannot be asked.
-    pub async fn recover(&self, power_lost: bool) -> Result<usize, StoreError> {
+    pub async fn recover(&self, has_lost: bool) -> Result<usize, StoreError> {
         let (store, project) = (&self.shared.store, &self.shared.settings.project);
         let since = Utc::now() - idempotency::LIFE;
         self.shared.keys.remember(store.submitted_with_key(project, since, idempotency::MOST).await?);
         let left = store.unfinished(self.shared.settings.owner).await?;
         let count = left.len();
         for mut record in left {
-            if power_lost {
+            if has_lost {
                 record.epoch = record.epoch.saturating_add(1);
             }
             tracing::warn!(execution = %record.id, status = record.status.as_str(), "an execution was interrupted by the end of the sidecar");

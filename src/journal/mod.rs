@@ -1,7 +1,8 @@
 //! The journal: what has to survive the death of this process before anybody else has it.
 //!
 //! An append-only log of opaque records in segments beneath one directory. A record is checked by a checksum, and is
-//! there wholly or not at all: a tail that was torn by a loss of power is cut off when the journal is opened. What is
+//! there wholly or not at all: a tail that was torn by a loss of power, or changed by its disk, is cut off when the
+//! journal is opened. What is
 //! appended survives this process at once, and the machine with [`Journal::sync`]. Whoever has brought a record to
 //! where it belongs says so with [`Journal::release`], which removes the segments before it.
 //!
@@ -44,7 +45,7 @@ pub struct Journal {
     inner: Mutex<Inner>,
     /// All segments together.
     bytes: AtomicU64,
-    power_lost: bool,
+    lost: bool,
 }
 
 #[derive(Debug)]
@@ -76,15 +77,22 @@ impl Journal {
     /// The directory or a file in it cannot be read or written.
     pub fn open(directory: &Path) -> io::Result<(Self, Vec<Damage>)> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-        let power_lost = boot::was_lost(directory)?;
-        let mut segments = VecDeque::new();
-        let mut damage = Vec::new();
         let numbers = segment::list(directory)?;
-        for (at, number) in numbers.iter().enumerate() {
-            let (segment, cut) = Segment::check(directory, *number)?;
-            if cut > 0 {
-                let file = segment::path(directory, *number);
-                damage.push(Damage { file, bytes: cut, in_the_middle: at + 1 < numbers.len() });
+        let checked =
+            numbers.iter().map(|number| Segment::check(directory, *number)).collect::<io::Result<Vec<_>>>()?;
+        let is_damaged = |(segment, size): &(Segment, u64)| segment.length < *size;
+        if checked.iter().any(is_damaged) {
+            // Known from here on, also to a later start: once it is cut off nothing shows it any more.
+            boot::doubt(directory)?;
+        }
+        let lost = boot::was_lost(directory)?;
+        let (mut segments, mut damage) = (VecDeque::new(), Vec::new());
+        for (at, (segment, size)) in checked.into_iter().enumerate() {
+            if segment.length < size {
+                segment.cut(directory)?;
+                let file = segment::path(directory, segment.number);
+                let in_the_middle = at + 1 < numbers.len();
+                damage.push(Damage { file, bytes: size - segment.length, in_the_middle });
             }
             segments.push_back(segment);
         }
@@ -93,13 +101,14 @@ impl Journal {
         segments.push_back(Segment { number: next, length: HEADER });
         let bytes = AtomicU64::new(segments.iter().map(|segment| segment.length).sum());
         let inner = Mutex::new(Inner { segments, file: Arc::new(file), dirty: false, torn: false });
-        Ok((Self { directory: directory.to_owned(), inner, bytes, power_lost }, damage))
+        Ok((Self { directory: directory.to_owned(), inner, bytes, lost }, damage))
     }
 
-    /// Whether the machine went down, or the directory came to another one, while an earlier life had it open: then what
-    /// was not synced may be lost. Said again at each opening until [`Journal::begin`].
-    pub fn power_lost(&self) -> bool {
-        self.power_lost
+    /// Whether something of it may be lost: the machine went down, or the directory came to another one, while an earlier
+    /// life had it open and not everything synced; or a part of it was damaged. Said again at each opening until
+    /// [`Journal::begin`].
+    pub fn has_lost(&self) -> bool {
+        self.lost
     }
 
     /// Whatever an earlier life has left is dealt with, a loss too: from here on this life may have its own. Before
@@ -205,12 +214,14 @@ impl Journal {
     /// One cannot be removed. It is tried again with the next call.
     pub fn release(&self, before: Position, all: bool) -> io::Result<bool> {
         let mut inner = self.lock();
+        // Before the rest, which may need the room.
+        self.remove_before(&mut inner, before)?;
         let end = inner.segments.back().map(|last| Position { segment: last.number, offset: last.length });
         let longest = if all { HEADER } else { STALE };
         if end.is_some_and(|end| before >= end && end.offset > longest) {
-            self.rotate(&mut inner)?;
+            self.replace(&mut inner)?;
+            self.remove_before(&mut inner, before)?;
         }
-        self.remove_before(&mut inner, before)?;
         Ok(inner.segments.front().is_none_or(|first| first.number > before.segment || before.offset <= HEADER))
     }
 
@@ -227,6 +238,23 @@ impl Journal {
             inner.segments.pop_front();
         }
         Ok(())
+    }
+
+    /// Begins a new segment in place of the last one, of which nothing is needed any more.
+    fn replace(&self, inner: &mut Inner) -> io::Result<()> {
+        let Err(error) = self.rotate(inner) else { return Ok(()) };
+        if error.kind() != io::ErrorKind::StorageFull {
+            return Err(error);
+        }
+        // The room that it lacks may be what the old one takes: that goes first. Nothing may be appended to it any more.
+        inner.torn = true;
+        if let Some(last) = inner.segments.back_mut() {
+            fs::remove_file(segment::path(&self.directory, last.number))?;
+            self.bytes.fetch_sub(std::mem::take(&mut last.length), Ordering::Relaxed);
+        }
+        // It is open, and would keep its room.
+        inner.file.set_len(0)?;
+        self.rotate(inner)
     }
 
     /// Begins a new segment. The old one is synced first: what follows it must not be there without it.
