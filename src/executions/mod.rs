@@ -121,6 +121,8 @@ pub enum SubmitError {
     ShuttingDown,
     #[error("the journal is full")]
     JournalFull,
+    #[error("the journal takes nothing")]
+    JournalFailed,
     #[error("the submission could not be stored in time")]
     NotStored,
     #[error("the idempotency key stands for another submission")]
@@ -270,6 +272,9 @@ impl Executions {
         }
         if self.shared.events.is_full() {
             return Err(SubmitError::JournalFull);
+        }
+        if self.shared.events.trouble().is_some() {
+            return Err(SubmitError::JournalFailed);
         }
         // A place is held before anything is written, so that what is durable also runs.
         self.shared.lock_admission().reserve().map_err(|queue::Full| SubmitError::QueueFull)?;
