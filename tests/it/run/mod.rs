@@ -1,6 +1,8 @@
 //! The main job, end to end: a real sidecar drives the real OpenCode. Only the model is scripted.
 
 mod bad_input;
+mod database_faults;
+mod disk_faults;
 mod ending;
 mod faults;
 mod idempotency;

@@ -1,6 +1,8 @@
 //! What several tests share.
 
+pub(crate) mod disk;
 pub(crate) mod postgres;
 pub(crate) mod proxy;
+pub(crate) mod server;
 pub(crate) mod sidecar;
 mod tls;
