@@ -204,11 +204,13 @@ impl Drop for World {
     }
 }
 
-/// A range of ports for the sessions of one sidecar, so that tests side by side do not meet.
+/// A range of ports for the sessions of one sidecar, so that tests side by side do not meet, nor two runs of them.
 fn port_range() -> String {
-    use std::sync::atomic::{AtomicU16, Ordering};
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let first = 21_000 + (NEXT.fetch_add(1, Ordering::Relaxed) % 200) * 20;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    // Up to where the kernel's own begin.
+    let block = std::process::id().wrapping_mul(61).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % 550;
+    let first = 21_000 + block * 20;
     format!("{first}-{}", first + 19)
 }
 
