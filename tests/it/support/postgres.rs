@@ -13,8 +13,7 @@ use std::sync::OnceLock;
 use std::sync::mpsc::channel;
 use tokio::net::{TcpListener, UnixStream};
 
-/// What the directories of servers begin with.
-pub(crate) const PREFIX: &str = "opencode-sidecar-test-";
+const PREFIX: &str = "opencode-sidecar-test-";
 
 /// A sandbox that starts the binary under test as its jail.
 pub(crate) fn sandbox(tasks: &Tasks) -> Sandbox {

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
-use super::postgres::{PREFIX, new_database, sandbox};
+use super::postgres::{new_database, sandbox};
 use super::sidecar::{descendants, soon};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -15,7 +15,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use tempfile::TempDir;
 
-/// The server with its cluster. Dropped, it is ended; what is left of its directory then, the next test run removes.
+/// The server with its cluster. Dropped, it is ended, and its directory is removed.
 pub(crate) struct OwnServer {
     tasks: Tasks,
     url: SecretString,
@@ -25,7 +25,8 @@ pub(crate) struct OwnServer {
 
 impl OwnServer {
     pub(crate) async fn start() -> Self {
-        let state = tempfile::Builder::new().prefix(PREFIX).tempdir().unwrap();
+        // Not as the shared one's: what looks like that and is not in use is removed by whoever begins a test run.
+        let state = tempfile::Builder::new().prefix("oc-pg-").tempdir().unwrap();
         // The server's user passes through it.
         fs::set_permissions(state.path(), Permissions::from_mode(0o711)).unwrap();
         let tasks = Tasks::new();
