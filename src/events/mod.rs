@@ -255,9 +255,10 @@ impl Events {
     /// The same, but not for long: for who asks the database and wants to find what was told before.
     ///
     /// # Errors
-    /// The database takes nothing now and lacks something, even where it can be read: it would not say how things stand.
+    /// The database takes nothing now: even where it can be read, it would not say how things stand.
     pub async fn settled(&self) -> Result<(), StoreError> {
-        if self.outage().is_some() && self.unshipped() > 0 {
+        // Either is known before the other: a commit may have hung for long when a server is found to say nothing.
+        if self.outage().is_some() || self.shared.store.is_away() {
             return Err(StoreError::behind());
         }
         // Late: then the answer is that of the database, as it stands.

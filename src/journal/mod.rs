@@ -2,9 +2,8 @@
 //!
 //! An append-only log of opaque records in segments beneath one directory. A record is checked by a checksum, and is
 //! there wholly or not at all: a tail that was torn by a loss of power, or changed by its disk, is cut off when the
-//! journal is opened. What is
-//! appended survives this process at once, and the machine with [`Journal::sync`]. Whoever has brought a record to
-//! where it belongs says so with [`Journal::release`], which removes the segments before it.
+//! journal is opened. What is appended survives this process at once, and the machine with [`Journal::sync`]. Whoever has
+//! brought a record to where it belongs says so with [`Journal::release`], which removes the segments before it.
 //!
 //! One writer, many readers. Everything here blocks, and belongs on a thread that may.
 //!

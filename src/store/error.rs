@@ -43,7 +43,7 @@ pub enum Cause {
     Timeout(u64),
     #[error("it did not answer a moment ago")]
     Away,
-    #[error("it takes nothing, and lacks what waits for it")]
+    #[error("it takes nothing now, and may lack what was told")]
     Behind,
 }
 
@@ -53,7 +53,7 @@ impl StoreError {
         matches!(self, Self::Unavailable(_) | Self::Refused(_))
     }
 
-    /// What it has is not how things stand: something waits that it does not take.
+    /// What it has may not be how things stand: it takes nothing now.
     pub fn behind() -> Self {
         Self::Unavailable(Cause::Behind)
     }
