@@ -386,7 +386,7 @@ impl App {
             metrics.clone(),
         );
         let notifier = notifier(&config, &auth, state.instance, &database.store, &metrics, &tasks)?;
-        executions.recover(inherited, journal.power_lost()).await;
+        executions.recover(inherited, journal.has_lost()).await;
         // Only now: a start that ended before this would have the next one forget a loss of power.
         journal.begin().map_err(StartError::Journal)?;
         tasks.spawn("lease", executions.clone().hold_lease());
@@ -516,7 +516,7 @@ async fn journal(config: &Config, tasks: &Tasks) -> Result<Arc<Journal>, StartEr
         if in_the_middle {
             tracing::error!(%file, bytes, "a part of the journal is damaged, and its events are lost");
         } else {
-            tracing::warn!(%file, bytes, "the end of the journal was not wholly written when the machine went down");
+            tracing::warn!(%file, bytes, "the end of the journal is damaged and was cut off: a write was cut short, or the disk has changed it");
         }
     }
     Ok(Arc::new(journal))
@@ -588,13 +588,11 @@ impl Ready {
         };
         let kind = if self.embedded { "embedded" } else { "external" };
         let log = self.executions.events();
-        let database = match log.outage() {
-            Some(outage) => Err(outage),
-            None => self.store.ping().await.map_err(|error| error.to_string()),
-        };
-        checks = match database {
-            Ok(()) => checks.with("database", "ok", Some(kind)),
-            Err(why) => checks.with("database", "degraded", Some(&format!("{why}; the journal bridges it"))),
+        // As it is known: a server that says nothing would make this wait, too.
+        let away = self.store.is_away().then(|| "the database does not answer".to_owned());
+        checks = match log.outage().or(away) {
+            None => checks.with("database", "ok", Some(kind)),
+            Some(why) => checks.with("database", "degraded", Some(&format!("{why}; the journal bridges it"))),
         };
         let (bytes, most) = log.journal();
         let detail = format!("{bytes} of {most} bytes, {} events to ship", log.unshipped());

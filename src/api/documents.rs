@@ -65,8 +65,8 @@ pub(crate) struct StatusDocument {
     pub(crate) current_tool: Option<String>,
     /// The last event of its log.
     pub(crate) last_seq: u64,
-    /// Which life of the log this is. Where it is another one than before, a loss of power took the newest events, and
-    /// their numbers came back with others: read again from the start.
+    /// Which life of the log this is. Where it is another one than before, a loss of power, or damage of the disk, may
+    /// have taken the newest events, and their numbers came back with others: read again from the start.
     #[schema(value_type = u32, minimum = 1)]
     pub(crate) epoch: NonZeroU32,
     /// 1 is next; null where it does not wait.

@@ -112,7 +112,7 @@ async fn stream(
     }))
 }
 
-/// What a reader is told first where the log has lost events to a loss of power: it may have others under their numbers.
+/// What a reader is told first where the log may have lost events, to a loss of power or a disk: it may have others under their numbers.
 fn epoch_frame(view: &View) -> Option<Value> {
     let epoch = view.record.epoch;
     (epoch > NonZeroU32::MIN).then(|| json!({ "type": "epoch", "epoch": epoch }))

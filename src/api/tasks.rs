@@ -180,6 +180,10 @@ pub(crate) fn submit_problem(error: SubmitError, names: &[(&str, &str)]) -> Prob
         SubmitError::JournalFull => {
             Problem::new(Code::JournalFull, "The database is away, and as much waits for it as may. Try again later.")
         }
+        SubmitError::JournalFailed => Problem::new(
+            Code::Unavailable,
+            "The journal takes nothing: the disk of STATE_DIR is full, or fails. Try again later.",
+        ),
         SubmitError::NotStored => {
             Problem::new(Code::Unavailable, "The task could not be stored in time. It does not run.")
         }

@@ -20,8 +20,10 @@ use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-/// The most writes that one batch takes, but for what goes with the last of them.
+/// The most writes, and about the most bytes, that one batch takes, but for what goes with the last of them. It is one
+/// record, for which there has to be room on the disk, and goes to the database as one.
 const BATCH: usize = 2000;
+const BATCH_BYTES: usize = 1024 * 1024;
 /// Queued bytes of events beyond which `append` waits.
 const QUEUE_BYTES: usize = 32 * 1024 * 1024;
 /// The longest pause between two tries.
@@ -130,9 +132,13 @@ impl Queue {
 
     fn take(&self) -> Vec<Item> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut count = inner.len().min(BATCH);
-        while count > 0 && inner.get(count - 1).is_some_and(|last| last.goes_on) {
+        let (mut count, mut bytes, mut goes_on) = (0, 0, false);
+        while let Some(next) = inner.get(count)
+            && (goes_on || (count < BATCH && bytes < BATCH_BYTES))
+        {
             count += 1;
+            bytes += size(&next.write);
+            goes_on = next.goes_on;
         }
         inner.drain(..count).collect()
     }

@@ -303,11 +303,17 @@ impl Events {
     }
 
     /// The same, but not for long: for who asks the database and wants to find what was told before.
-    pub async fn settled(&self) {
-        if self.outage().is_none() {
-            // Late: then the answer is that of the database, as it stands.
-            let _ = tokio::time::timeout(SETTLE, self.flushed()).await;
+    ///
+    /// # Errors
+    /// The database takes nothing now: even where it can be read, it would not say how things stand.
+    pub async fn settled(&self) -> Result<(), StoreError> {
+        // Either is known before the other: a commit may have hung for long when a server is found to say nothing.
+        if self.outage().is_some() || self.shared.store.is_away() {
+            return Err(StoreError::behind());
         }
+        // Late: then the answer is that of the database, as it stands.
+        let _ = tokio::time::timeout(SETTLE, self.flushed()).await;
+        Ok(())
     }
 
     /// Executions whose log is live.

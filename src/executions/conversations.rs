@@ -216,7 +216,7 @@ impl Executions {
 
     async fn make_in_its_place(&self, plan: Plan, gone: &CancellationToken) -> Result<NewSession, CreateError> {
         let id = plan.id;
-        self.shared.events.settled().await;
+        self.shared.events.settled().await?;
         if self.shared.store.session(&self.shared.settings.project, id).await?.is_some() {
             return Err(CreateError::Exists);
         }
@@ -432,7 +432,7 @@ impl Executions {
     /// Where only the database knows and cannot be asked.
     pub async fn session(&self, id: SessionId) -> Result<Option<SessionState>, StoreError> {
         let Some(kept) = self.kept(id) else {
-            self.shared.events.settled().await;
+            self.shared.events.settled().await?;
             let view = self.shared.store.session(&self.shared.settings.project, id).await?;
             return Ok(view.map(SessionState::of_store));
         };
@@ -456,7 +456,7 @@ impl Executions {
     /// # Errors
     /// Where the database cannot be asked.
     pub async fn sessions(&self, before: Option<SessionCursor>, limit: u32) -> Result<Vec<SessionState>, StoreError> {
-        self.shared.events.settled().await;
+        self.shared.events.settled().await?;
         let views = self.shared.store.sessions(&self.shared.settings.project, before, limit).await?;
         let mut states = Vec::with_capacity(views.len());
         for view in views {
@@ -480,7 +480,7 @@ impl Executions {
             let at = usize::try_from(ordinal.get() - 1).unwrap_or(usize::MAX);
             return Ok(kept.executions().get(at).copied());
         }
-        self.shared.events.settled().await;
+        self.shared.events.settled().await?;
         let project = &self.shared.settings.project;
         Ok(self.shared.store.execution_in_session(project, id, ordinal).await?.map(|record| record.id))
     }

@@ -143,6 +143,8 @@ pub enum SubmitError {
     ShuttingDown,
     #[error("the journal is full")]
     JournalFull,
+    #[error("the journal takes nothing")]
+    JournalFailed,
     #[error("the submission could not be stored in time")]
     NotStored,
     #[error("the idempotency key stands for another submission")]
@@ -274,6 +276,9 @@ impl Executions {
         }
         if self.shared.events.is_full() {
             return Err(SubmitError::JournalFull);
+        }
+        if self.shared.events.trouble().is_some() {
+            return Err(SubmitError::JournalFailed);
         }
         // A place is held before anything is written, so that what is durable also runs.
         self.shared.lock_admission().reserve().map_err(|queue::Full| SubmitError::QueueFull)?;
@@ -460,14 +465,14 @@ impl Executions {
     /// History of the project, newest first.
     ///
     /// # Errors
-    /// Where the database cannot be asked.
+    /// Where the database cannot be asked, or lacks something that it does not take.
     pub async fn history(
         &self,
         filter: &HistoryFilter,
         before: Option<Cursor>,
         limit: u32,
     ) -> Result<Vec<ExecutionRecord>, StoreError> {
-        self.shared.events.settled().await;
+        self.shared.events.settled().await?;
         self.shared.store.history(&self.shared.settings.project, filter, before, limit).await
     }
 

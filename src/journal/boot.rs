@@ -1,4 +1,5 @@
-//! Tells a loss of power from the mere death of the process: what was written and not synced survives the latter.
+//! Tells a loss, of power or of what was damaged, from the mere death of the process: what was written and not synced
+//! survives the latter.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -9,7 +10,7 @@ const FILE: &str = "boot";
 /// Another one at each boot of each machine.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// Whether the journal was open in another boot, and never closed.
+/// Whether the journal was open in another boot and never closed, or was damaged.
 pub(super) fn was_lost(directory: &Path) -> io::Result<bool> {
     match fs::read_to_string(directory.join(FILE)) {
         // One that is half written is of another boot, too.
@@ -21,8 +22,17 @@ pub(super) fn was_lost(directory: &Path) -> io::Result<bool> {
 
 /// Says that the journal is open in this boot.
 pub(super) fn begin(directory: &Path) -> io::Result<()> {
+    write(directory, &fs::read_to_string(BOOT_ID)?)
+}
+
+/// Says that something of the journal was lost, whatever boot this is.
+pub(super) fn doubt(directory: &Path) -> io::Result<()> {
+    write(directory, "damaged\n")
+}
+
+fn write(directory: &Path, text: &str) -> io::Result<()> {
     let mut file = File::create(directory.join(FILE))?;
-    file.write_all(fs::read_to_string(BOOT_ID)?.as_bytes())?;
+    file.write_all(text.as_bytes())?;
     file.sync_all()?;
     File::open(directory)?.sync_all()
 }

@@ -1,10 +1,10 @@
 //! The journal: what has to survive the death of this process before anybody else has it.
 //!
 //! An append-only log of opaque records in segments beneath one directory. A record is checked by a checksum, and is
-//! there wholly or not at all: a tail that was torn by a loss of power is cut off when the journal is opened. What is
-//! appended survives this process at once, and the machine with [`Journal::sync`]. Whoever has brought a record to
-//! where it belongs says so with [`Journal::release`], which removes the segments before it. What of them is still
-//! needed is in the *summary*, which replaces the one before it as a whole.
+//! there wholly or not at all: a tail that was torn by a loss of power, or changed by its disk, is cut off when the
+//! journal is opened. What is appended survives this process at once, and the machine with [`Journal::sync`]. Whoever has
+//! brought a record to where it belongs says so with [`Journal::release`], which removes the segments before it. What of
+//! them is still needed is in the *summary*, which replaces the one before it as a whole.
 //!
 //! One writer, many readers. Everything here blocks, and belongs on a thread that may.
 //!
@@ -63,7 +63,7 @@ pub struct Journal {
     inner: Mutex<Inner>,
     /// All segments together.
     bytes: AtomicU64,
-    power_lost: bool,
+    lost: bool,
     /// That of an earlier life, until it is taken.
     summary: Mutex<Option<Vec<u8>>>,
     /// How long the last one was, in bytes.
@@ -101,24 +101,31 @@ impl Journal {
     /// The directory or a file in it cannot be read or written.
     pub fn open(directory: &Path) -> io::Result<(Self, Vec<Damage>)> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-        let power_lost = boot::was_lost(directory)?;
-        let mut segments = VecDeque::new();
-        let mut damage = Vec::new();
         let numbers = segment::list(directory)?;
-        let summary = match summary::read(directory) {
+        let (summary, summary_damage) = match summary::read(directory) {
             Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-                let file = summary::path(directory);
-                let bytes = fs::metadata(&file).map(|file| file.len()).unwrap_or(0);
-                damage.push(Damage { file, bytes, in_the_middle: true });
-                None
+                (None, Some(fs::metadata(summary::path(directory)).map_or(0, |file| file.len())))
             }
-            summary => summary?,
+            summary => (summary?, None),
         };
-        for (at, number) in numbers.iter().enumerate() {
-            let (segment, cut) = Segment::check(directory, *number)?;
-            if cut > 0 {
-                let file = segment::path(directory, *number);
-                damage.push(Damage { file, bytes: cut, in_the_middle: at + 1 < numbers.len() });
+        let checked =
+            numbers.iter().map(|number| Segment::check(directory, *number)).collect::<io::Result<Vec<_>>>()?;
+        let is_damaged = |(segment, size): &(Segment, u64)| segment.length < *size;
+        if summary_damage.is_some() || checked.iter().any(is_damaged) {
+            // Known from here on, also to a later start: once it is cut off nothing shows it any more.
+            boot::doubt(directory)?;
+        }
+        let lost = boot::was_lost(directory)?;
+        let (mut segments, mut damage) = (VecDeque::new(), Vec::new());
+        if let Some(bytes) = summary_damage {
+            damage.push(Damage { file: summary::path(directory), bytes, in_the_middle: true });
+        }
+        for (at, (segment, size)) in checked.into_iter().enumerate() {
+            if segment.length < size {
+                segment.cut(directory)?;
+                let file = segment::path(directory, segment.number);
+                let in_the_middle = at + 1 < numbers.len();
+                damage.push(Damage { file, bytes: size - segment.length, in_the_middle });
             }
             segments.push_back(segment);
         }
@@ -127,12 +134,13 @@ impl Journal {
         segments.push_back(Segment { number: next, length: HEADER });
         let bytes = AtomicU64::new(segments.iter().map(|segment| segment.length).sum());
         let inner = Mutex::new(Inner { segments, file: Arc::new(file), dirty: false, torn: false });
+        summary::keep_room(directory, summary.as_ref().map_or(0, Vec::len))?;
         let is_whole = summary.is_some() || numbers.first() == Some(&FIRST);
         let journal = Self {
             directory: directory.to_owned(),
             inner,
             bytes,
-            power_lost,
+            lost,
             summary_bytes: AtomicU64::new(summary.as_ref().map_or(0, |summary| summary.len() as u64)),
             summary: Mutex::new(summary),
             is_whole,
@@ -152,10 +160,11 @@ impl Journal {
         self.is_whole
     }
 
-    /// Whether the machine went down, or the directory came to another one, while an earlier life had it open: then what
-    /// was not synced may be lost. Said again at each opening until [`Journal::begin`].
-    pub fn power_lost(&self) -> bool {
-        self.power_lost
+    /// Whether something of it may be lost: the machine went down, or the directory came to another one, while an earlier
+    /// life had it open and not everything synced; or a part of it was damaged. Said again at each opening until
+    /// [`Journal::begin`].
+    pub fn has_lost(&self) -> bool {
+        self.lost
     }
 
     /// Whatever an earlier life has left is dealt with, a loss too: from here on this life may have its own. Before
@@ -273,23 +282,32 @@ impl Journal {
             let inner = self.lock();
             is_stale(&inner) || inner.segments.len() > 1 && inner.segments.front().is_some_and(|s| s.is_before(before))
         };
+        let mut written = 0;
         if removes {
             let summary = summary();
             // What it tells of must not be there without the records that it does not tell of.
             self.sync()?;
             summary::write(&self.directory, &summary)?;
+            written = summary.len();
             self.summary_bytes.store(summary.len() as u64, Ordering::Relaxed);
             failpoint::pass("release-summed");
         }
         let mut inner = self.lock();
         if removes {
+            // Before the rest, which may need the room.
+            self.remove_before(&mut inner, before)?;
             if is_stale(&inner) {
-                self.rotate(&mut inner)?;
+                self.replace(&mut inner)?;
                 failpoint::pass("release-rotated");
             }
             self.remove_before(&mut inner, before)?;
         }
-        Ok(inner.segments.front().is_none_or(|first| first.number > before.segment || before.offset <= HEADER))
+        let first = inner.segments.front().map(|first| first.number);
+        drop(inner);
+        if removes {
+            summary::keep_room(&self.directory, written)?;
+        }
+        Ok(first.is_none_or(|first| first > before.segment || before.offset <= HEADER))
     }
 
     fn remove_before(&self, inner: &mut Inner, before: Position) -> io::Result<()> {
@@ -305,6 +323,23 @@ impl Journal {
             failpoint::pass("release-removed");
         }
         Ok(())
+    }
+
+    /// Begins a new segment in place of the last one, of which nothing is needed any more.
+    fn replace(&self, inner: &mut Inner) -> io::Result<()> {
+        let Err(error) = self.rotate(inner) else { return Ok(()) };
+        if error.kind() != io::ErrorKind::StorageFull {
+            return Err(error);
+        }
+        // The room that it lacks may be what the old one takes: that goes first. Nothing may be appended to it any more.
+        inner.torn = true;
+        if let Some(last) = inner.segments.back_mut() {
+            fs::remove_file(segment::path(&self.directory, last.number))?;
+            self.bytes.fetch_sub(std::mem::take(&mut last.length), Ordering::Relaxed);
+        }
+        // It is open, and would keep its room.
+        inner.file.set_len(0)?;
+        self.rotate(inner)
     }
 
     /// Begins a new segment. The old one is synced first: what follows it must not be there without it.

@@ -33,9 +33,9 @@ impl Segment {
         self.number < place.segment || self.number == place.segment && self.length <= place.offset
     }
 
-    /// Reads all of it, and cuts off what is no record. Gives how much that was.
+    /// Reads all of it, to the first that is no record. Gives its file's size too: what is beyond `length` is damaged.
     pub(super) fn check(directory: &Path, number: u64) -> io::Result<(Self, u64)> {
-        let file = File::options().read(true).write(true).open(path(directory, number))?;
+        let file = File::open(path(directory, number))?;
         let size = file.metadata()?.len();
         let mut length = 0;
         let mut magic = [0; MAGIC.len()];
@@ -45,11 +45,14 @@ impl Segment {
                 length += framed(record.len());
             }
         }
-        if length < size {
-            file.set_len(length)?;
-            file.sync_data()?;
-        }
-        Ok((Self { number, length }, size - length))
+        Ok((Self { number, length }, size))
+    }
+
+    /// Cuts off what is beyond its length.
+    pub(super) fn cut(&self, directory: &Path) -> io::Result<()> {
+        let file = File::options().write(true).open(path(directory, self.number))?;
+        file.set_len(self.length)?;
+        file.sync_data()
     }
 }
 

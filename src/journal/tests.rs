@@ -89,27 +89,55 @@ fn what_is_not_a_segment_is_left_alone() {
     }
     let journal = open(directory.path());
     assert_eq!(all(&journal).len(), 0);
-    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 4);
+    // Beside a segment and the room for a summary.
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 5);
 }
 
 #[test]
 fn a_loss_of_power_is_told_from_an_end() {
     let directory = tempfile::tempdir().unwrap();
     let journal = open(directory.path());
-    assert!(!journal.power_lost());
+    assert!(!journal.has_lost());
     journal.begin().unwrap();
-    assert!(!open(directory.path()).power_lost(), "this process died, at most");
+    assert!(!open(directory.path()).has_lost(), "this process died, at most");
     let before = |boot: &str| fs::write(directory.path().join("boot"), boot).unwrap();
     before("of another boot");
-    assert!(open(directory.path()).power_lost());
+    assert!(open(directory.path()).has_lost());
     let journal = open(directory.path());
-    assert!(journal.power_lost(), "the start between did not come to deal with it");
+    assert!(journal.has_lost(), "the start between did not come to deal with it");
     journal.begin().unwrap();
-    assert!(!open(directory.path()).power_lost());
+    assert!(!open(directory.path()).has_lost());
     journal.close().unwrap();
-    assert!(!open(directory.path()).power_lost());
+    assert!(!open(directory.path()).has_lost());
     before("");
-    assert!(open(directory.path()).power_lost(), "it was on its way when the power went");
+    assert!(open(directory.path()).has_lost(), "it was on its way when the power went");
+}
+
+#[test]
+fn what_is_damaged_is_cut_off_and_told_until_it_is_dealt_with() {
+    let directory = tempfile::tempdir().unwrap();
+    for segment in 0..2 {
+        let journal = open(directory.path());
+        journal.append(format!("one {segment}").as_bytes()).unwrap();
+        journal.append(format!("two {segment}").as_bytes()).unwrap();
+        journal.begin().unwrap();
+    }
+    // The last byte of each.
+    let files = files(directory.path());
+    for file in &files {
+        let mut bytes = fs::read(file).unwrap();
+        *bytes.last_mut().unwrap() ^= 4;
+        fs::write(file, bytes).unwrap();
+    }
+    let (journal, damage) = Journal::open(directory.path()).unwrap();
+    let found: Vec<_> = damage.iter().map(|damage| (&damage.file, damage.bytes, damage.in_the_middle)).collect();
+    assert_eq!(found, [(&files[0], 13, true), (&files[1], 13, false)]);
+    assert_eq!(all(&journal), [b"one 0", b"one 1"]);
+    assert!(journal.has_lost());
+    let journal = open(directory.path());
+    assert!(journal.has_lost(), "the start between did not come to deal with it");
+    journal.begin().unwrap();
+    assert!(!open(directory.path()).has_lost());
 }
 
 /// A disk that is full, as this process feels it: a limit on the size of files would end it, so the file is one that

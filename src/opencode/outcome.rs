@@ -128,6 +128,11 @@ fn failure_of(error: &NamedError, evidence: &Evidence<'_>) -> Failure {
         let message = "The model provider's answer cannot be read: an event in it is none of a model.";
         return Failure::new(Reason::ModelError, "model_bad_response", message);
     }
+    // And for its own database, beneath the session's directory. Why is in its log alone.
+    if error.message().starts_with("Failed to execute statement") {
+        let message = "OpenCode could not read or write its own state. The disk of STATE_DIR may be full.";
+        return Failure::new(Reason::Internal, "opencode_state", message);
+    }
     let reason = match error.name.as_str() {
         "MessageAbortedError" | "AbortError" => Reason::Internal,
         _ => Reason::ModelError,

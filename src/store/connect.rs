@@ -157,6 +157,11 @@ impl Store {
         self.callbacks_written.subscribe()
     }
 
+    /// Whether it did not answer at the last look of [`Store::watch`]. Asks nobody.
+    pub fn is_away(&self) -> bool {
+        *self.away.borrow()
+    }
+
     /// Whether the database answers.
     ///
     /// # Errors
@@ -211,16 +216,19 @@ impl Store {
         self.pool.close().await;
     }
 
-    /// Runs one operation on a connection of the pool, within the time that one may take; not where the server is known
-    /// to be away.
+    /// Runs one operation on a connection of the pool, within the time that one may take, and only until the server is
+    /// known to be away.
     pub(super) async fn run<T>(
         &self,
         work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        if *self.away.borrow() && self.unready.borrow().is_none() {
-            return Err(StoreError::Unavailable(Cause::Away));
+        let mut away = self.away.subscribe();
+        tokio::select! {
+            biased;
+            // The sender lives as long as `self`.
+            _ = away.wait_for(|away| *away && self.unready.borrow().is_none()) => Err(StoreError::Unavailable(Cause::Away)),
+            done = self.insist(work) => done,
         }
-        self.insist(work).await
     }
 
     /// The same, whatever is known.

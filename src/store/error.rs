@@ -45,12 +45,19 @@ pub enum Cause {
     Away,
     #[error("{0}")]
     Unready(String),
+    #[error("it takes nothing now, and may lack what was told")]
+    Behind,
 }
 
 impl StoreError {
     /// Whether the same call may succeed later with nothing changed in it.
     pub fn is_transient(&self) -> bool {
         matches!(self, Self::Unavailable(_) | Self::Refused(_))
+    }
+
+    /// What it has may not be how things stand: it takes nothing now.
+    pub fn behind() -> Self {
+        Self::Unavailable(Cause::Behind)
     }
 
     /// The database did not do it within this time.

@@ -2,6 +2,8 @@
 
 mod bad_input;
 mod clock;
+mod database_faults;
+mod disk_faults;
 mod ending;
 mod failpoints;
 mod faults;

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
 use crate::support::proxy::Proxy;
-use crate::support::sidecar::{Sidecar, World, assert_log, soon};
+use crate::support::sidecar::{Sidecar, World, assert_log, parsed, soon};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use opencode_sidecar::model::ExecutionId;
@@ -13,80 +13,170 @@ use reqwest::Method;
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
 use std::fs;
+use std::time::{Duration, Instant};
 
-/// Waits until `/ready` says this of the database.
-async fn database_is(sidecar: &Sidecar, word: &str) {
-    soon(word, async {
-        while sidecar.get("/ready").await["checks"]["database"]["status"] != word {
-            tokio::task::yield_now().await;
-        }
-    })
-    .await;
+/// Far less than any wait for the database, and far more than an answer takes on a busy machine.
+pub(super) const AT_ONCE: Duration = Duration::from_secs(2);
+/// Writes lines until there is a file `go`.
+pub(super) const FLOWING: &str =
+    "until [ -e go ]; do head -c 300 /dev/zero | tr '\\0' x; echo; sleep 0.05; done; echo went";
+
+/// What happens to a database.
+pub(super) trait Fault {
+    /// From its beginning to its end nothing can be written.
+    const LASTS: bool = true;
+    /// Meanwhile what is there can be read.
+    const READABLE: bool = false;
+
+    async fn begin(&mut self);
+
+    async fn end(&mut self);
 }
 
-/// Tasks are taken, run and are followed as ever; what only the database knows is refused, and not after a wait.
-async fn goes_on_without(how: impl FnOnce(&Proxy)) {
-    let world = World::new().await;
-    let (proxy, options) = Proxy::before(world.database()).await;
-    let sidecar = world.start(&[("DATABASE_URL", options.url.expose_secret())]).await;
-    let old = sidecar.submit(&Script::new().text("before")).await;
-    let told = sidecar.follow(&old).await;
-    let running =
-        sidecar.submit(&Script::new().bash("until [ -e go ]; do sleep 0.05; done; echo went").text("done")).await;
-    sidecar.stream(&running, 0).await.until("it runs", |event| event["type"] == "tool_call").await;
-    // What is old is in the database alone.
-    assert_eq!(sidecar.get("/tasks?limit=2").await["executions"].as_array().unwrap().len(), 2);
+/// A log, byte for byte as it was seen.
+struct Seen {
+    id: String,
+    /// How it ended.
+    status: &'static str,
+    events: Vec<String>,
+}
 
-    how(&proxy);
-    database_is(&sidecar, "degraded").await;
-    let new = sidecar.submit(&Script::new().bash("echo new").text("fine")).await;
-    fs::write(world.file("go"), "").unwrap();
-    let mut seen = Vec::new();
-    for id in [&running, &new] {
-        let events = sidecar.follow(id).await;
-        assert_eq!(events.last().unwrap()["data"]["status"], "completed");
-        assert_eq!(sidecar.status(id).await["status"], "completed");
-        seen.push(events);
+impl Seen {
+    async fn of(sidecar: &Sidecar, id: String, status: &'static str) -> Self {
+        let events = sidecar.follow_text(&id).await;
+        assert_eq!(parsed(&events).last().unwrap()["data"]["status"], status, "{events:#?}");
+        Self { id, status, events }
     }
-    let ready = sidecar.get("/ready").await;
-    assert_eq!((&ready["status"], &ready["checks"]["journal"]["status"]), (&json!("ready"), &json!("ok")), "{ready:#}");
-    for path in ["/tasks".to_owned(), format!("/tasks/{old}"), format!("/tasks/{old}/events")] {
-        let (status, refused) = sidecar.send(Method::GET, &path, None).await;
-        assert_eq!((status, &refused["code"]), (503, &json!("unavailable")), "{path}");
-    }
-    proxy.mend();
-    database_is(&sidecar, "ok").await;
-    let history = soon("it is shipped", async {
+}
+
+/// Waits until `/ready` says this of the database, which keeps nobody from being ready, nor from an answer.
+async fn database_is(sidecar: &Sidecar, word: &str) {
+    soon(word, async {
         loop {
-            let history = sidecar.get("/tasks").await["executions"].as_array().unwrap().clone();
-            if history.len() == 3 && history.iter().all(|e| e["status"] == "completed") {
-                break history;
+            let asked = Instant::now();
+            let ready = sidecar.get("/ready").await;
+            assert!(asked.elapsed() < AT_ONCE, "{:?}: {ready:#}", asked.elapsed());
+            if ready["checks"]["database"]["status"] == word {
+                return;
             }
         }
     })
     .await;
-    let ids: Vec<_> = history.iter().map(|e| e["execution_id"].as_str().unwrap()).collect();
-    assert_eq!(ids, [&*new, &*running, &*old]);
-    assert_eq!(sidecar.follow(&old).await, told);
-    sidecar.stop().await;
-    // And there, the bytes are those that readers saw.
-    let store = Store::connect(&world.database()).await.unwrap();
-    for (id, seen) in [running, new].iter().zip(&seen) {
-        let query = EventQuery { after: 0, limit: 10_000, types: None, severities: None };
-        let stored = store.events(ExecutionId(id.parse().unwrap()), &query).await.unwrap();
-        let stored: Vec<Value> = stored.iter().map(|event| serde_json::from_str(&event.json).unwrap()).collect();
-        assert_eq!(&stored, seen);
+}
+
+/// Tasks are taken, wait, run and are followed as ever; what only the database knows is refused, and not after a wait.
+/// Once it is over the database has everything, byte for byte as it was seen.
+pub(super) async fn goes_on_without<F: Fault>(world: &World, changes: &[(&str, &str)], fault: &mut F) {
+    let sidecar = world.start(&[changes, &[("MAX_CONCURRENT_TASKS", "1")]].concat()).await;
+    let running = sidecar.submit(&Script::new().bash(FLOWING).text("done")).await;
+    sidecar.stream(&running, 0).await.until("it runs", |event| event["type"] == "stdout").await;
+    // It waits behind the other one, and ends.
+    let old = sidecar.submit(&Script::new().text("never")).await;
+    assert_eq!(sidecar.post(&format!("/tasks/{old}/cancel"), json!({})).await.0, 200);
+    let old = Seen::of(&sidecar, old, "cancelled").await;
+    // From here on it is in the database alone.
+    assert_eq!(sidecar.get("/tasks?limit=2").await["executions"].as_array().unwrap().len(), 2);
+
+    let followed = Seen::of(&sidecar, running.clone(), "completed");
+    let (followed, new) = tokio::join!(followed, during(world, &sidecar, fault, &old, &running));
+    fault.end().await;
+    database_is(&sidecar, "ok").await;
+    let seen = [followed, old, new];
+    let expected: Vec<_> = seen.iter().rev().map(|log| (&*log.id, log.status)).collect();
+    soon("it is shipped", async {
+        loop {
+            let (_, page) = sidecar.send(Method::GET, "/tasks", None).await;
+            let history = page["executions"].as_array().cloned().unwrap_or_default();
+            let field = |of: &'_ Value, name: &str| of[name].as_str().unwrap().to_owned();
+            let found: Vec<_> = history.iter().map(|e| (field(e, "execution_id"), field(e, "status"))).collect();
+            if found.iter().map(|(id, status)| (&**id, &**status)).eq(expected.iter().copied()) {
+                return;
+            }
+        }
+    })
+    .await;
+    for log in &seen {
+        assert_eq!(sidecar.follow_text(&log.id).await, log.events);
     }
+    sidecar.stop().await;
+    let store = Store::connect(&world.database()).await.unwrap();
+    for log in &seen {
+        assert_eq!(stored(&store, &log.id).await, log.events);
+    }
+}
+
+/// The fault begins, and everything comes to its end in it: what ran before, and what is submitted now, waits for its
+/// turn and runs. Gives the latter.
+async fn during<F: Fault>(world: &World, sidecar: &Sidecar, fault: &mut F, old: &Seen, running: &str) -> Seen {
+    fault.begin().await;
+    if F::LASTS {
+        database_is(sidecar, "degraded").await;
+    }
+    let new = sidecar.submit(&Script::new().bash("echo new").text("fine")).await;
+    assert_eq!(sidecar.status(&new).await["queue_position"], 1);
+    assert_eq!(sidecar.status(running).await["status"], "running");
+    fs::write(world.file("go"), "").unwrap();
+    let new = Seen::of(sidecar, new, "completed").await;
+    for id in [running, &new.id] {
+        assert_eq!(sidecar.status(id).await["status"], "completed");
+    }
+    if F::LASTS {
+        let ready = sidecar.get("/ready").await;
+        let [database, journal] = ["database", "journal"].map(|name| &ready["checks"][name]["status"]);
+        assert_eq!((&ready["status"], database, journal), (&json!("ready"), &json!("degraded"), &json!("ok")));
+        // Without what waits for it the database cannot say what there is, even where it can be read.
+        let (one, log) = (format!("/tasks/{}", old.id), format!("/tasks/{}/events", old.id));
+        for (path, answers) in [("/tasks", false), (&one, F::READABLE), (&log, F::READABLE)] {
+            let asked = Instant::now();
+            let (status, answer) = sidecar.send(Method::GET, path, None).await;
+            assert!(asked.elapsed() < AT_ONCE, "{path}: {:?}", asked.elapsed());
+            match answers {
+                true => assert_eq!(status, 200, "{path}: {answer:#}"),
+                false => assert_eq!((status, &answer["code"]), (503, &json!("unavailable")), "{path}: {answer:#}"),
+            }
+        }
+    }
+    new
+}
+
+/// What the database has of a log.
+pub(super) async fn stored(store: &Store, id: &str) -> Vec<String> {
+    let query = EventQuery { after: 0, limit: 1_000_000, types: None, severities: None };
+    let stored = store.events(ExecutionId(id.parse().unwrap()), &query).await.unwrap();
+    stored.iter().map(|event| event.json.to_string()).collect()
+}
+
+/// Between the sidecar and the server.
+struct OnTheWay {
+    proxy: Proxy,
+    how: fn(&Proxy),
+}
+
+impl Fault for OnTheWay {
+    async fn begin(&mut self) {
+        (self.how)(&self.proxy);
+    }
+
+    async fn end(&mut self) {
+        self.proxy.mend();
+    }
+}
+
+async fn goes_on_while(how: fn(&Proxy)) {
+    let world = World::new().await;
+    let (proxy, options) = Proxy::before(world.database()).await;
+    let through = [("DATABASE_URL", options.url.expose_secret())];
+    goes_on_without(&world, &through, &mut OnTheWay { proxy, how }).await;
 }
 
 #[tokio::test]
 async fn a_database_that_is_gone_stops_nothing() {
-    goes_on_without(Proxy::cut).await;
+    goes_on_while(Proxy::cut).await;
 }
 
 #[tokio::test]
 async fn a_database_that_says_nothing_stops_nothing() {
-    goes_on_without(Proxy::freeze).await;
+    goes_on_while(Proxy::freeze).await;
 }
 
 /// What was shown while the database was away survives the sidecar's sudden end too.

@@ -1,9 +1,11 @@
 //! What several tests share.
 
 pub(crate) mod between;
+pub(crate) mod disk;
 pub(crate) mod follower;
 pub(crate) mod mint;
 pub(crate) mod postgres;
 pub(crate) mod proxy;
+pub(crate) mod server;
 pub(crate) mod sidecar;
 mod tls;

@@ -22,10 +22,14 @@ pub(crate) fn sandbox(tasks: &Tasks) -> Sandbox {
 
 /// The options for a new, empty database. `max_connections` is 4.
 pub(crate) async fn fresh_database() -> DatabaseOptions {
-    let server = server();
+    new_database(server(), "").await
+}
+
+/// The same on a server; `clause` goes on with `CREATE DATABASE name`.
+pub(crate) async fn new_database(server: &SecretString, clause: &str) -> DatabaseOptions {
     let name = format!("test_{}", uuid::Uuid::new_v4().simple());
     let mut connection = PgConnection::connect(server.expose_secret()).await.unwrap();
-    connection.execute(AssertSqlSafe(format!("CREATE DATABASE {name}"))).await.unwrap();
+    connection.execute(AssertSqlSafe(format!("CREATE DATABASE {name} {clause}"))).await.unwrap();
     connection.close().await.unwrap();
     let url = server.expose_secret().replace("/postgres?", &format!("/{name}?"));
     DatabaseOptions { url: SecretString::from(url), schema: "opencode_sidecar".to_owned(), max_connections: 4 }

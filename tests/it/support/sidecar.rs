@@ -81,12 +81,16 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) async fn new() -> Self {
+        Self::with(fresh_database().await).await
+    }
+
+    /// With a database that is there already.
+    pub(crate) async fn with(database: DatabaseOptions) -> Self {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let workspace = tempfile::Builder::new().prefix("oc-ws-").tempdir().unwrap();
         let state = tempfile::Builder::new().prefix("oc-st-").tempdir().unwrap();
         let tasks = Tasks::new();
         let model = ScriptedModel::start(&tasks, None).await.unwrap();
-        let database = fresh_database().await;
         let text = |value: &str| value.to_owned();
         let env = BTreeMap::from([
             (text("DATABASE_URL"), text(database.url.expose_secret())),
@@ -205,11 +209,13 @@ impl Drop for World {
     }
 }
 
-/// A range of ports for the sessions of one sidecar, so that tests side by side do not meet.
+/// A range of ports for the sessions of one sidecar, so that tests side by side do not meet, nor two runs of them.
 fn port_range() -> String {
-    use std::sync::atomic::{AtomicU16, Ordering};
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let first = 21_000 + (NEXT.fetch_add(1, Ordering::Relaxed) % 200) * 20;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    // Up to where the kernel's own begin.
+    let block = std::process::id().wrapping_mul(61).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % 550;
+    let first = 21_000 + block * 20;
     format!("{first}-{}", first + 19)
 }
 
@@ -239,6 +245,7 @@ impl Sidecar {
             };
             seen.push_str(&line);
             seen.push('\n');
+            let _ = sender.send(line.clone());
             let parsed: Value = serde_json::from_str(&line).unwrap_or_default();
             let fields = if parsed["fields"].is_object() { &parsed["fields"] } else { &parsed };
             if fields["message"] == "listening" {
@@ -306,12 +313,13 @@ impl Sidecar {
 
     /// Follows the stream to its end; gives every event.
     pub(crate) async fn follow(&self, id: &str) -> Vec<Value> {
-        let mut stream = self.stream(id, 0).await;
-        let mut events = Vec::new();
-        while let Some(event) = stream.next().await {
-            events.push(event);
-        }
-        assert_log(&events);
+        parsed(&self.follow_text(id).await)
+    }
+
+    /// The same, each event byte for byte as it came.
+    pub(crate) async fn follow_text(&self, id: &str) -> Vec<String> {
+        let events = self.stream(id, 0).await.rest().await;
+        assert_log(&parsed(&events));
         events
     }
 
@@ -358,9 +366,18 @@ impl Sidecar {
         }
     }
 
-    /// What is in the sidecar's log beside what was waited for.
+    /// What is in the sidecar's log since the last look, from its start on.
     pub(crate) fn log_so_far(&mut self) -> Vec<String> {
         std::iter::from_fn(|| self.log.try_recv().ok()).collect()
+    }
+
+    /// The same, to its end: once it has ended.
+    pub(crate) async fn whole_log(&mut self) -> Vec<String> {
+        let mut lines = Vec::new();
+        while let Some(line) = self.log.recv().await {
+            lines.push(line);
+        }
+        lines
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
@@ -444,6 +461,10 @@ pub(crate) fn assert_log(events: &[Value]) {
     }
 }
 
+pub(crate) fn parsed(events: &[String]) -> Vec<Value> {
+    events.iter().map(|event| serde_json::from_str(event).unwrap()).collect()
+}
+
 /// All text of one type, put together.
 pub(crate) fn text_of(events: &[Value], kind: &str) -> String {
     events.iter().filter(|e| e["type"] == kind).map(|e| e["data"].as_str().unwrap()).collect()
@@ -464,11 +485,34 @@ pub(crate) struct Events {
 
 impl Events {
     pub(crate) async fn next(&mut self) -> Option<Value> {
+        self.next_text().await.map(|event| serde_json::from_str(&event).unwrap())
+    }
+
+    /// As it came.
+    pub(crate) async fn next_text(&mut self) -> Option<String> {
         while self.waiting.is_empty() {
             let chunk = soon("an event", self.response.chunk()).await.unwrap()?;
             self.parser.push(&chunk, &mut self.waiting).unwrap();
         }
-        Some(serde_json::from_str(&self.waiting.remove(0)).unwrap())
+        Some(self.waiting.remove(0))
+    }
+
+    /// Everything until the stream ends or breaks off, as it came.
+    pub(crate) async fn until_cut(&mut self) -> Vec<String> {
+        let mut events = std::mem::take(&mut self.waiting);
+        while let Ok(Some(chunk)) = soon("an event", self.response.chunk()).await {
+            self.parser.push(&chunk, &mut events).unwrap();
+        }
+        events
+    }
+
+    /// Everything to the end of the stream, as it came.
+    pub(crate) async fn rest(&mut self) -> Vec<String> {
+        let mut events = Vec::new();
+        while let Some(event) = self.next_text().await {
+            events.push(event);
+        }
+        events
     }
 
     /// Events up to the one that is wanted, and that one.
