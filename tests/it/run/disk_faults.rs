@@ -135,13 +135,14 @@ async fn with_all_of_the_state_directory_full_a_run_may_fail_and_nothing_seen_is
     assert_eq!(stored(&store, &running).await, seen);
 }
 
-/// The journal itself takes all the room, since the database is away. When that is back, nobody else has to make room.
+/// The journal itself takes the room, since the database is away, and something else the little that is left. When the
+/// database is back, nobody has to make room.
 #[tokio::test]
 #[cfg_attr(not(as_root), ignore = "makes a disk that can be full, which takes root")]
 async fn a_disk_that_the_journal_has_filled_is_empty_again_once_the_database_is_back() {
     let world = World::new().await;
     // Less than one segment.
-    let _disk = journal_disk(&world, 4 * MIB);
+    let disk = journal_disk(&world, 4 * MIB);
     let (proxy, options) = Proxy::before(world.database()).await;
     let sidecar = world.start(&[("DATABASE_URL", options.url.expose_secret())]).await;
     proxy.cut();
@@ -150,8 +151,9 @@ async fn a_disk_that_the_journal_has_filled_is_empty_again_once_the_database_is_
     journal_is(&sidecar, "failed").await;
     is_refused(&sidecar).await;
     is_still_running(&sidecar, &running).await;
+    disk.fill();
     proxy.mend();
-    let seen = sidecar.follow_text(&running).await;
+    let seen = soon("the end", sidecar.follow_text(&running)).await;
     assert_eq!(parsed(&seen).last().unwrap()["data"]["status"], "completed");
     assert_eq!(text_of(&parsed(&seen), "stdout"), "\u{1}".repeat(1_500_000));
     journal_is(&sidecar, "ok").await;
