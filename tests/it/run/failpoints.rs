@@ -122,7 +122,7 @@ impl Story {
     }
 
     /// The last life: what was promised holds.
-    async fn is_true(mut self, failpoint: &str) {
+    async fn holds(mut self, failpoint: &str) {
         let sidecar = self.world.start(&[]).await;
         let mut known = BTreeSet::new();
         for (key, body) in self.bodies() {
@@ -165,7 +165,7 @@ async fn all_of(failpoints: &[&str]) {
     for failpoint in failpoints {
         let mut story = Story::new().await;
         story.ends_at(failpoint).await;
-        story.is_true(failpoint).await;
+        story.holds(failpoint).await;
     }
 }
 
@@ -201,6 +201,6 @@ async fn an_end_while_what_was_left_is_taken_up() {
         // One of them has been prompted, the other waits or is about to be.
         story.ends_at("run-prompted").await;
         story.ends_at_start(failpoint).await;
-        story.is_true(failpoint).await;
+        story.holds(failpoint).await;
     }
 }

@@ -208,7 +208,7 @@ impl Soak {
     }
 
     /// A last life, in which everything comes to its end, and all that was said is looked at.
-    async fn is_true(mut self, setting: &[(&str, &str)], proxy: &Proxy) -> (usize, usize) {
+    async fn holds(mut self, setting: &[(&str, &str)], proxy: &Proxy) -> (usize, usize) {
         proxy.mend();
         let sidecar = self.world.start(setting).await;
         let address = Address::of(&sidecar);
@@ -330,6 +330,6 @@ async fn what_was_told_stays_true_however_often_it_is_killed() {
             println!("{round} rounds, {} executions, {:?}", soak.known.len(), begun.elapsed());
         }
     }
-    let (executions, events) = soak.is_true(&setting, &proxy).await;
+    let (executions, events) = soak.holds(&setting, &proxy).await;
     println!("seed {seed}: {rounds} rounds, {executions} executions, {events} events, {:?}", begun.elapsed());
 }

@@ -1,6 +1,6 @@
 //! A reader that outlives the sidecar: it goes on where it was, and keeps what it saw byte for byte.
 
-#![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test's own helpers fail like the test")]
 
 use super::sidecar::{Sidecar, soon};
 use opencode_sidecar::sse::Parser;
