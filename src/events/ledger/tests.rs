@@ -42,7 +42,7 @@ fn record(number: u128) -> ExecutionRecord {
     let mut record = ExecutionRecord::new("p", Uuid::nil(), task, Vec::new(), at(number as i64));
     record.id = ExecutionId(Uuid::from_u128(number));
     record.session_id = SessionId(Uuid::from_u128(number));
-    record.idempotency = (number % 2 == 0).then(|| Idempotency {
+    record.idempotency = number.is_multiple_of(2).then(|| Idempotency {
         caller: "me".into(),
         key: format!("k{}", number % 6).parse().unwrap(),
         fingerprint: Fingerprint([number as u8; 32]),
