@@ -3,6 +3,8 @@
 //! Journal and database are lists here, behind locks of the checker; what is checked is when a log says that something is
 //! where. `make test` runs it with `--features shuttle`, which puts the checker's locks into [`super`].
 
+#![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
+
 use super::*;
 use crate::events::{page_of, page_of_stored};
 use crate::model::event::EventType;
