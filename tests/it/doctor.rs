@@ -57,7 +57,8 @@ fn tree(path: &Path) -> BTreeSet<String> {
 #[tokio::test]
 async fn it_says_what_a_session_has_and_changes_nothing() {
     let world = World::new().await;
-    let sidecar = world.start(&[("SANDBOX", "")]).await;
+    // It notes six times in a term that it lives: not while this looks.
+    let sidecar = world.start(&[("SANDBOX", ""), ("LEASE_SECONDS", "3600")]).await;
     let id = sidecar.submit(&Script::new().bash("echo hi").text("done")).await;
     let record = sidecar.finished(&id).await;
     let instance = std::fs::read_to_string(world.state.path().join("instance")).unwrap();
