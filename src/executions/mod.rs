@@ -116,6 +116,8 @@ struct Shared {
     keys: Arc<Keys>,
     /// Whether the keys are all that there were when this sidecar first asked the database.
     keys_known: AtomicBool,
+    /// Whether what the database alone knew of an earlier life is taken care of.
+    caught_up: AtomicBool,
     live_count: watch::Sender<usize>,
     closing: AtomicBool,
     abandoned: AtomicUsize,
@@ -201,6 +203,7 @@ impl Executions {
                 kept: Mutex::default(),
                 keys: Arc::new(Keys::new(idempotency::MOST)),
                 keys_known: AtomicBool::new(false),
+                caught_up: AtomicBool::new(false),
                 live_count: watch::Sender::new(0),
                 closing: AtomicBool::new(false),
                 abandoned: AtomicUsize::new(0),

@@ -9,9 +9,9 @@ use crate::events::{Inherited, OpenTool, Standing};
 use crate::failpoint;
 use crate::model::event::{EventType, NewEvent, Severity};
 use crate::model::request::OnRestart;
-use crate::model::{ExecutionRecord, Reason, SessionId, Status};
+use crate::model::{ExecutionId, Reason, SessionId, Status};
 use crate::store::{Outcome, StoreError};
-use chrono::{DateTime, Utc};
+use chrono::Utc;
 use secrecy::SecretString;
 use serde_json::json;
 use std::collections::BTreeSet;
@@ -21,6 +21,8 @@ use std::time::Duration;
 
 /// How often an execution is resumed: one that takes the sidecar with it each time is not to do so for ever.
 const MAX_RESUMPTIONS: u32 = 3;
+/// How long the start waits for it.
+const LOOK: Duration = Duration::from_secs(2);
 /// How long the database is left alone after it could not be asked.
 const PAUSE: Duration = Duration::from_secs(2);
 
@@ -67,6 +69,9 @@ impl Executions {
                 "what has waited is held until the database says that nobody has taken it over"
             );
         }
+        // Where it is there this takes no time that anybody feels; else it is done later.
+        let asked = tokio::time::timeout(LOOK, self.ask_the_database()).await;
+        self.shared.caught_up.store(matches!(asked, Ok(Ok(()))), Ordering::SeqCst);
         for mut session in inherited.sessions {
             session.ended_at = Some(Utc::now());
             let events = self.shared.events.clone();
@@ -182,14 +187,16 @@ impl Executions {
         }
     }
 
-    /// Takes care of what the database alone knows, once it is there: keys, and what this instance has in it that is not
-    /// in its journal. Returns at the shutdown, too.
+    /// Takes care of what the database alone knows, once it is there, where the start could not: keys, and what this
+    /// instance has in it that is not in its journal. Returns at the shutdown, too.
     pub async fn catch_up(self) {
-        let begun = Utc::now();
+        if self.shared.caught_up.load(Ordering::SeqCst) {
+            return;
+        }
         let shutdown = self.shared.tasks.shutdown_token().clone();
         let work = async {
             self.shared.store.ready().await;
-            while let Err(error) = self.ask_the_database(begun).await {
+            while let Err(error) = self.ask_the_database().await {
                 if !error.is_transient() {
                     tracing::error!(
                         error = &error as &dyn std::error::Error,
@@ -206,7 +213,7 @@ impl Executions {
         }
     }
 
-    async fn ask_the_database(&self, begun: DateTime<Utc>) -> Result<(), StoreError> {
+    async fn ask_the_database(&self) -> Result<(), StoreError> {
         let (store, settings) = (&self.shared.store, &self.shared.settings);
         self.let_wait(false).await?;
         let since = Utc::now() - idempotency::LIFE;
@@ -216,9 +223,16 @@ impl Executions {
         }
         // Its own journal was lost, or is of a version that did not write it there.
         let left = store.unfinished(&settings.project, settings.owner).await?;
-        self.end_strangers(left.into_iter().filter(|record| record.created_at < begun).collect()).await;
-        for mut session in store.open_sessions(settings.owner).await? {
-            if session.created_at < begun && self.kept(session.id).is_none() {
+        for record in left {
+            self.end_stranger(record.id).await?;
+        }
+        for session in store.open_sessions(settings.owner).await? {
+            // In this order: one of this life is here until the database has its end.
+            if self.shared.lock_kept().contains_key(&session.id) {
+                continue;
+            }
+            let now = store.session(&settings.project, session.id).await?;
+            if let Some(mut session) = now.map(|view| view.record).filter(|session| session.ended_at.is_none()) {
                 session.ended_at = Some(Utc::now());
                 self.shared.events.put_session(session).await;
             }
@@ -226,22 +240,23 @@ impl Executions {
         Ok(())
     }
 
-    /// Ends executions that nobody runs and that the database alone knows of.
-    async fn end_strangers(&self, left: Vec<ExecutionRecord>) {
-        for mut record in left {
-            if self.shared.events.head(record.id).is_some() {
-                continue;
-            }
-            record.generation = record.generation.saturating_add(1);
-            // Whoever wrote to it may have shown more than the database has.
-            record.epoch = record.epoch.saturating_add(1);
-            let id = record.id;
-            tracing::warn!(execution = %id, status = record.status.as_str(), "an execution that nobody runs is ended");
-            let writer = self.shared.events.open(record.clone());
-            let owner = self.adopt(record, writer, None, None);
-            owner.end_now(Reason::Interrupted, "The sidecar that ran the task, or its node, went away.").await;
-            self.forget(&owner);
+    /// Ends an execution of this instance that the database alone knows of: nobody runs it.
+    async fn end_stranger(&self, id: ExecutionId) -> Result<(), StoreError> {
+        // In this order: one of this life is live until the database has its end.
+        if self.shared.events.head(id).is_some() {
+            return Ok(());
         }
+        let now = self.shared.store.execution(&self.shared.settings.project, id).await?;
+        let Some(mut record) = now.filter(|record| !record.status.is_final()) else { return Ok(()) };
+        record.generation = record.generation.saturating_add(1);
+        // The journal that is lost may have shown more than the database has.
+        record.epoch = record.epoch.saturating_add(1);
+        tracing::warn!(execution = %id, status = record.status.as_str(), "an execution that nobody runs is ended");
+        let writer = self.shared.events.open(record.clone());
+        let owner = self.adopt(record, writer, None, None);
+        owner.end_now(Reason::Interrupted, "The sidecar that ran the task, or its node, went away.").await;
+        self.forget(&owner);
+        Ok(())
     }
 }
 
