@@ -221,6 +221,8 @@ impl Executions {
         if !self.shared.keys_known.swap(true, Ordering::SeqCst) {
             self.shared.events.keys_are_known();
         }
+        // What the database lacks of an earlier life's log comes first: an end, or a deletion, may be on its way.
+        self.shared.events.flushed().await;
         // Its own journal was lost, or is of a version that did not write it there.
         let left = store.unfinished(&settings.project, settings.owner).await?;
         for record in left {
