@@ -47,18 +47,21 @@ pub struct OpenTool {
 pub(super) struct Ledger {
     executions: BTreeMap<ExecutionId, Standing>,
     sessions: BTreeMap<SessionId, SessionRecord>,
-    /// By caller and key, the newest of each.
-    keys: HashMap<(String, String), (Fingerprint, Submitted)>,
+    /// By project, caller and key, the newest of each.
+    keys: HashMap<(String, String, String), (Fingerprint, Submitted)>,
     /// The database was asked for the keys that it has.
     pub(super) keys_known: bool,
 }
+
+/// A project, a key that was used in it, and for what.
+pub(super) type Key = (String, Idempotency, Submitted);
 
 /// The same as it is written: JSON has no maps of pairs.
 #[derive(Serialize, Deserialize)]
 struct Summary {
     executions: Vec<Standing>,
     sessions: Vec<SessionRecord>,
-    keys: Vec<(Idempotency, Submitted)>,
+    keys: Vec<Key>,
     keys_known: bool,
 }
 
@@ -71,7 +74,7 @@ impl Ledger {
                 let gave_back =
                     self.executions.get(&record.id).is_some_and(|standing| standing.record.idempotency.is_none());
                 if let (Some(Idempotency { caller, key, fingerprint }), false) = (&record.idempotency, gave_back) {
-                    let name = (caller.clone(), key.as_str().to_owned());
+                    let name = (record.project_id.clone(), caller.clone(), key.as_str().to_owned());
                     self.keys.insert(name, (*fingerprint, record.submitted()));
                 }
                 self.executions.entry(record.id).or_insert_with(|| Standing {
@@ -156,18 +159,18 @@ impl Ledger {
         self.sessions.values().cloned().collect()
     }
 
-    /// What was submitted under a key, the newest first.
-    pub(super) fn keys(&self) -> Vec<(Idempotency, Submitted)> {
+    /// What was submitted under a key, in which project; the newest first.
+    pub(super) fn keys(&self) -> Vec<Key> {
         let mut keys: Vec<_> = self
             .keys
             .iter()
-            .filter_map(|((caller, key), (fingerprint, submitted))| {
+            .filter_map(|((project, caller, key), (fingerprint, submitted))| {
                 let key = key.parse().ok()?;
                 let idempotency = Idempotency { caller: caller.clone(), key, fingerprint: *fingerprint };
-                Some((idempotency, submitted.clone()))
+                Some((project.clone(), idempotency, submitted.clone()))
             })
             .collect();
-        keys.sort_by_key(|(_, submitted)| std::cmp::Reverse((submitted.created_at, submitted.id)));
+        keys.sort_by_key(|(_, _, submitted)| std::cmp::Reverse((submitted.created_at, submitted.id)));
         keys
     }
 
@@ -186,8 +189,8 @@ impl Ledger {
     /// And back.
     pub(super) fn of_summary(bytes: &[u8]) -> serde_json::Result<Self> {
         let Summary { executions, sessions, keys, keys_known } = serde_json::from_slice(bytes)?;
-        let key = |(of, submitted): (Idempotency, Submitted)| {
-            ((of.caller, of.key.as_str().to_owned()), (of.fingerprint, submitted))
+        let key = |(project, of, submitted): Key| {
+            ((project, of.caller, of.key.as_str().to_owned()), (of.fingerprint, submitted))
         };
         Ok(Self {
             executions: executions.into_iter().map(|standing| (standing.record.id, standing)).collect(),

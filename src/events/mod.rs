@@ -118,7 +118,12 @@ impl Events {
         let inherited = Inherited {
             standing: ledger.standing().into_iter().filter(|standing| !standing.record.status.is_final()).collect(),
             sessions: ledger.sessions(),
-            keys: ledger.keys(),
+            keys: ledger
+                .keys()
+                .into_iter()
+                .filter(|(of, ..)| *of == project)
+                .map(|(_, idempotency, submitted)| (idempotency, submitted))
+                .collect(),
             keys_known: ledger.keys_known && journal.is_whole(),
         };
         let shared = Arc::new(Shared {

@@ -153,6 +153,9 @@ impl Executions {
         if let Some(outcome) = &standing.outcome {
             return Fate::HasEnded(outcome.clone());
         }
+        if record.project_id != self.shared.settings.project {
+            return Fate::Ends("The sidecar or its node went away, and came back for another project.");
+        }
         if record.ordinal.is_some() {
             return Fate::Ends("The sidecar or its node went away, and the task's session with it.");
         }

@@ -188,7 +188,7 @@ fn keys_are_forgotten_when_their_time_is_over() {
     let mut ledger = ledger(&[Write::Submit(Box::new(record(2))), Write::Submit(Box::new(record(4)))]);
     assert_eq!(ledger.keys().len(), 2);
     ledger.forget_keys_before(at(4) - TimeDelta::seconds(1));
-    assert_eq!(ledger.keys()[0].1.id, ExecutionId(Uuid::from_u128(4)));
+    assert_eq!(ledger.keys()[0].2.id, ExecutionId(Uuid::from_u128(4)));
     assert_eq!(ledger.keys().len(), 1);
 }
 
