@@ -112,8 +112,7 @@ const ONLY_IN: &[(&str, &[&str])] = &[
 const EXCEPTIONS: &[(&str, &str, &str)] = &[];
 
 /// Tests that wait for time to pass: the file and why no level can be waited for.
-const SLEEPS: &[(&str, &str)] =
-    &[("tests/it/run/soak.rs", "a life of the sidecar lasts for a time that the seed decides, whatever happens in it")];
+const SLEEPS: &[(&str, &str)] = &[];
 
 /// The ways in which a test may not run: it is reported, with its reason.
 const ONLY_WITH: [&str; 3] =

@@ -12,7 +12,7 @@ use crate::model::request::OnRestart;
 use crate::model::task::{Limits, ModelChoice, Provider};
 use crate::model::{Task, TaskId};
 use serde_json::json;
-use shuttle::thread;
+use shuttle::thread::{spawn, yield_now};
 
 /// Random schedules that are tried.
 const SCHEDULES: usize = 3_000;
@@ -58,7 +58,7 @@ fn read(live: &Live, journal: &Journal, stored: &Stored, limit: u32, last: u64) 
         let head = live.subscribe().borrow().last_seq;
         if head == after {
             // As a reader that waits for the head to move.
-            thread::yield_now();
+            yield_now();
             continue;
         }
         let query = ReadQuery { after, limit, ..ReadQuery::default() };
@@ -103,7 +103,7 @@ fn a_reader_finds_each_event_once_wherever_it_is() {
             let (sender, receiver) = shuttle::sync::mpsc::channel::<(Position, u64)>();
             let writer = {
                 let (live, journal) = (Arc::clone(&live), Arc::clone(&journal));
-                thread::spawn(move || {
+                spawn(move || {
                     let mut seq = 0;
                     for number in 1..=RECORDS {
                         let events: Vec<_> = (0..2)
@@ -123,7 +123,7 @@ fn a_reader_finds_each_event_once_wherever_it_is() {
             };
             let shipper = {
                 let (live, journal, stored) = (Arc::clone(&live), Arc::clone(&journal), Arc::clone(&stored));
-                thread::spawn(move || {
+                spawn(move || {
                     while let Ok((at, last)) = receiver.recv() {
                         let held = journal.lock().unwrap().iter().find(|(place, _)| *place == at).unwrap().1.clone();
                         let events = held.unwrap().into_iter().filter_map(|write| match write {
@@ -143,7 +143,7 @@ fn a_reader_finds_each_event_once_wherever_it_is() {
             let readers: Vec<_> = [1, 3, 100]
                 .map(|limit| {
                     let (live, journal, stored) = (Arc::clone(&live), Arc::clone(&journal), Arc::clone(&stored));
-                    thread::spawn(move || read(&live, &journal, &stored, limit, RECORDS * 2))
+                    spawn(move || read(&live, &journal, &stored, limit, RECORDS * 2))
                 })
                 .into();
             for thread in [writer, shipper].into_iter().chain(readers) {
