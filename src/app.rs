@@ -307,15 +307,8 @@ impl App {
         let sealing = config.state_dir.join("sealing.key");
         let sealing = SealingKey::of_file(&sealing).map_err(|source| StartError::Sealing { path: sealing, source })?;
         let default_model = config.default_model.as_ref().map(|model| {
-            let choice = ModelChoice {
-                provider: model.provider,
-                model: model.model.clone(),
-                version: None,
-                endpoint: model.endpoint.as_str().trim_end_matches('/').to_owned(),
-                temperature: None,
-                max_tokens: None,
-                enabled_tools: None,
-            };
+            let endpoint = model.endpoint.as_str().trim_end_matches('/');
+            let choice = ModelChoice::new(model.provider, &model.model, endpoint);
             (choice, model.api_key.clone())
         });
         let warm_for = default_model.clone().map(|(model, api_key)| Wanted {
@@ -390,7 +383,6 @@ impl App {
         // Only now: a start that ended before this would have the next one forget a loss of power.
         journal.begin().map_err(StartError::Journal)?;
         tasks.spawn("lease", executions.clone().hold_lease());
-        tasks.spawn("catching up", executions.clone().catch_up());
         tasks.spawn("idle sessions", executions.clone().look_after_sessions());
         tasks.spawn("retention", executions.clone().forget_old());
         let streams = CancellationToken::new();

@@ -2,37 +2,15 @@
 
 use chrono::Utc;
 use opencode_sidecar::model::event::{EventType, NewEvent};
-use opencode_sidecar::model::request::OnRestart;
 use opencode_sidecar::model::task::{Limits, ModelChoice, Provider};
 use opencode_sidecar::model::{ExecutionRecord, Task, TaskId};
 use serde_json::json;
 
 /// A new execution that waits for its turn.
 pub(crate) fn record() -> ExecutionRecord {
-    let model = ModelChoice {
-        provider: Provider::Local,
-        model: "scripted".to_owned(),
-        version: None,
-        endpoint: "http://127.0.0.1:1/v1".to_owned(),
-        temperature: None,
-        max_tokens: None,
-        enabled_tools: None,
-    };
-    let task = Task {
-        task_id: TaskId::new(),
-        prompt: Some("Go.".to_owned()),
-        code: None,
-        context: None,
-        session_id: None,
-        model,
-        system_prompt: None,
-        agent: None,
-        workdir: None,
-        timeout_seconds: 3600,
-        limits: Limits { output_bytes: 1 << 30, model_calls: 100, total_tokens: 1 << 30, ..Limits::default() },
-        on_restart: OnRestart::Fail,
-        metadata: None,
-    };
+    let model = ModelChoice::new(Provider::Local, "scripted", "http://127.0.0.1:1/v1");
+    let limits = Limits { output_bytes: 1 << 30, model_calls: 100, total_tokens: 1 << 30, ..Limits::default() };
+    let task = Task::new(TaskId::new(), "Go.", model, 3600, limits);
     ExecutionRecord::new("bench", uuid::Uuid::now_v7(), task, Vec::new(), Utc::now())
 }
 

@@ -63,14 +63,6 @@ pub(super) enum Found {
     Journal(Position),
 }
 
-/// Where the event after another one is.
-enum Place {
-    /// In the database, which has them up to this one at least.
-    Shipped(u64),
-    /// In this record of the journal.
-    Journal(Position),
-}
-
 #[derive(Debug, Default)]
 struct Tail {
     events: VecDeque<Event>,
@@ -168,22 +160,15 @@ impl Live {
 
     /// A piece of the log, or where it is now. It may have moved on when it is looked for there.
     pub(super) fn find(&self, query: &ReadQuery, limit: u32) -> Found {
-        match self.read_tail(query, limit) {
-            Some(page) => Found::Here(page),
-            None => match self.place(query.after) {
-                Place::Shipped(upto) => Found::Shipped(upto),
-                Place::Journal(at) => Found::Journal(at),
-            },
+        if let Some(page) = self.read_tail(query, limit) {
+            return Found::Here(page);
         }
-    }
-
-    /// Where the event after this one is, which is there.
-    fn place(&self, after: u64) -> Place {
+        let after = query.after;
         let shipping = self.lock_shipping();
         let at = shipping.records.partition_point(|(first, _)| *first <= after + 1);
         match at.checked_sub(1).and_then(|at| shipping.records.get(at)) {
-            Some((_, position)) if after >= shipping.shipped => Place::Journal(*position),
-            _ => Place::Shipped(shipping.shipped),
+            Some((_, position)) if after >= shipping.shipped => Found::Journal(*position),
+            _ => Found::Shipped(shipping.shipped),
         }
     }
 

@@ -22,11 +22,12 @@ pub use live::{Head, Writer};
 
 use crate::journal::Journal;
 use crate::model::event::{Event, EventType, NewEvent, Severity};
+use crate::model::idempotency::KEY_LIFE;
 use crate::model::{ExecutionId, ExecutionRecord, Idempotency, SessionRecord, Submitted};
 use crate::store::{EventQuery, Fact, Store, StoreError, Write};
 use crate::tasks::Tasks;
 use crate::telemetry::Metrics;
-use chrono::{TimeDelta, Utc};
+use chrono::Utc;
 use ledger::Ledger;
 use live::{Found, Live};
 use std::collections::HashMap;
@@ -57,8 +58,6 @@ struct Shared {
     outgoing: ship::Outgoing,
 }
 
-/// How long the journal remembers under which keys was submitted: as long as they stand for their submissions.
-const KEY_LIFE: TimeDelta = TimeDelta::hours(24);
 /// How long a reader of the database waits for what was written before it asked.
 const SETTLE: Duration = Duration::from_secs(2);
 

@@ -11,16 +11,15 @@
 //! The keys are those of this sidecar's project. Two sidecars that serve one project at the same time do not know what the
 //! other has taken since they started.
 
+use crate::model::idempotency::KEY_LIFE as LIFE;
 use crate::model::{ExecutionId, Fingerprint, Idempotency, IdempotencyKey, Submitted};
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::{DateTime, Utc};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
-/// How long a key stands for its first submission.
-pub(super) const LIFE: TimeDelta = TimeDelta::hours(24);
 /// The most keys that are remembered at once: some 30 MB, half as much again with the longest ones. Each stands for an
 /// execution, so it takes a caller that submits more than one a second all day to get there.
 pub(super) const MOST: u32 = 100_000;
@@ -189,6 +188,7 @@ impl Drop for Claim {
 mod tests {
     use super::*;
     use crate::model::{SessionId, TaskId};
+    use chrono::TimeDelta;
 
     fn at(hours: i64) -> DateTime<Utc> {
         DateTime::from_timestamp(1_800_000_000, 0).unwrap() + TimeDelta::hours(hours)

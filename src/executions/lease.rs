@@ -6,6 +6,7 @@
 //! of what was taken over from it.
 
 use super::Executions;
+use super::recovery::{GONE, cut_off};
 use crate::events::open_tools;
 use crate::model::event::{EventType, NewEvent};
 use crate::model::execution::{Command, State, apply};
@@ -144,10 +145,9 @@ impl Executions {
         record.generation = record.generation.saturating_add(1);
         // Its owner may have shown more than the database has.
         record.epoch = record.epoch.saturating_add(1);
-        let message = "The sidecar that ran the task, or its node, went away.";
-        record.error = Some(message.to_owned());
-        let mut events: Vec<_> = open_tools(&calls).iter().map(super::recovery::cut_off).collect();
-        events.push(NewEvent::error(Reason::Interrupted.as_str(), message, true, None));
+        record.error = Some(GONE.to_owned());
+        let mut events: Vec<_> = open_tools(&calls).iter().map(cut_off).collect();
+        events.push(NewEvent::error(Reason::Interrupted.as_str(), GONE, true, None));
         events.push(NewEvent::status(record.status, record.reason, record.progress));
         events.push(NewEvent::complete(
             record.status,

@@ -35,6 +35,7 @@ pub use terminals::OpenTerminalError;
 use crate::events::{Events, Head, Writer};
 use crate::failpoint;
 use crate::model::event::NewEvent;
+use crate::model::idempotency::KEY_LIFE;
 use crate::model::request::TaskRequest;
 use crate::model::{
     ExecutionId, ExecutionRecord, Fingerprint, Idempotency, Reason, SessionId, Status, Submitted, Task,
@@ -116,8 +117,6 @@ struct Shared {
     keys: Arc<Keys>,
     /// Whether the keys are all that there were when this sidecar first asked the database.
     keys_known: AtomicBool,
-    /// Whether what the database alone knew of an earlier life is taken care of.
-    caught_up: AtomicBool,
     live_count: watch::Sender<usize>,
     closing: AtomicBool,
     abandoned: AtomicUsize,
@@ -203,7 +202,6 @@ impl Executions {
                 kept: Mutex::default(),
                 keys: Arc::new(Keys::new(idempotency::MOST)),
                 keys_known: AtomicBool::new(false),
-                caught_up: AtomicBool::new(false),
                 live_count: watch::Sender::new(0),
                 closing: AtomicBool::new(false),
                 abandoned: AtomicUsize::new(0),
@@ -328,7 +326,7 @@ impl Executions {
     /// Whether the database knows a key that is not known here: another sidecar of the project may have taken it. Where it
     /// cannot be asked the key is taken for a new one, unless it could never be asked.
     async fn taken_elsewhere(&self, of: &Idempotency) -> Result<Option<(Fingerprint, Submitted)>, SubmitError> {
-        let since = Utc::now() - idempotency::LIFE;
+        let since = Utc::now() - KEY_LIFE;
         let known = self.shared.store.submitted_under(&self.shared.settings.project, &of.caller, &of.key, since);
         match tokio::time::timeout(KEY_LOOK, known).await {
             Ok(Ok(taken)) => Ok(taken),

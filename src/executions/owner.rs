@@ -196,10 +196,9 @@ impl Owner {
         self.writer.keep_outcome(Outcome { reason, failure });
     }
 
-    /// Ends it as an earlier life of the sidecar has seen it end; its processes are gone.
-    pub(super) async fn end_as(&self, outcome: Outcome) {
+    /// Ends what an earlier life of the sidecar has left: its processes are gone. `last_words` go before all else.
+    pub(super) async fn end_as(&self, outcome: Outcome, mut last_words: Vec<NewEvent>) {
         let _ = self.step(Command::End(outcome.reason), Vec::new());
-        let mut last_words = Vec::new();
         if let Some(OutcomeFailure { code, message, retry_after }) = outcome.failure {
             last_words.push(NewEvent::error(&code, &message, true, retry_after));
             self.lock().record.error = Some(message);

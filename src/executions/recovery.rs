@@ -8,9 +8,10 @@ use super::{Executions, Queued, idempotency};
 use crate::events::{Inherited, OpenTool, Standing};
 use crate::failpoint;
 use crate::model::event::{EventType, NewEvent, Severity};
+use crate::model::idempotency::KEY_LIFE;
 use crate::model::request::OnRestart;
 use crate::model::{ExecutionId, Reason, SessionId, Status};
-use crate::store::{Outcome, StoreError};
+use crate::store::{Outcome, OutcomeFailure, StoreError};
 use chrono::Utc;
 use secrecy::SecretString;
 use serde_json::json;
@@ -21,7 +22,9 @@ use std::time::Duration;
 
 /// How often an execution is resumed: one that takes the sidecar with it each time is not to do so for ever.
 const MAX_RESUMPTIONS: u32 = 3;
-/// How long the start waits for it.
+/// Why an execution has ended that nobody knows more of; for people.
+pub(super) const GONE: &str = "The sidecar that ran the task, or its node, went away.";
+/// How long the start waits for the database.
 const LOOK: Duration = Duration::from_secs(2);
 /// How long the database is left alone after it could not be asked.
 const PAUSE: Duration = Duration::from_secs(2);
@@ -52,14 +55,14 @@ pub fn sessions_to_keep(inherited: &Inherited) -> BTreeSet<SessionId> {
 }
 
 impl Executions {
-    /// Takes care of what an earlier life of this instance left in the journal. With `power_lost` the logs may lack events
+    /// Takes care of what an earlier life of this instance left in the journal. With `has_lost` the logs may lack events
     /// that somebody saw, and go on under a new epoch. Call it before anything is taken in, and once.
-    pub async fn recover(&self, inherited: Inherited, power_lost: bool) {
+    pub async fn recover(&self, inherited: Inherited, has_lost: bool) {
         failpoint::pass("recovery-begun");
         self.shared.keys.remember(inherited.keys);
         self.shared.keys_known.store(inherited.keys_known, Ordering::SeqCst);
         for standing in inherited.standing {
-            self.take_up(standing, power_lost).await;
+            self.take_up(standing, has_lost).await;
             failpoint::pass("recovery-taken-up");
         }
         let is_ours = is_recent(self.shared.settings.alive.as_path(), self.shared.settings.lease);
@@ -69,9 +72,6 @@ impl Executions {
                 "what has waited is held until the database says that nobody has taken it over"
             );
         }
-        // Where it is there this takes no time that anybody feels; else it is done later.
-        let asked = tokio::time::timeout(LOOK, self.ask_the_database()).await;
-        self.shared.caught_up.store(matches!(asked, Ok(Ok(()))), Ordering::SeqCst);
         for mut session in inherited.sessions {
             session.ended_at = Some(Utc::now());
             let events = self.shared.events.clone();
@@ -80,15 +80,20 @@ impl Executions {
                 events.put_session(session).await;
             });
         }
+        let catching_up = self.shared.tasks.spawn("catching up", self.clone().catch_up());
+        if !self.shared.store.is_away() {
+            // It takes no time that anybody feels. Where it does after all it goes on beside everything else.
+            let _ = tokio::time::timeout(LOOK, catching_up).await;
+        }
     }
 
-    async fn take_up(&self, standing: Standing, power_lost: bool) {
+    async fn take_up(&self, standing: Standing, has_lost: bool) {
         let id = standing.record.id;
         let Some(writer) = self.shared.events.reopen(id) else { return };
         let fate = self.fate(&standing);
         let Standing { mut record, open_tools, .. } = standing;
         record.generation = record.generation.saturating_add(1);
-        if power_lost {
+        if has_lost {
             record.epoch = record.epoch.saturating_add(1);
         }
         let was = record.status.as_str();
@@ -102,19 +107,13 @@ impl Executions {
             }
             Fate::HasEnded(outcome) => {
                 let owner = self.adopt(record, writer, None, None);
-                for call in calls {
-                    owner.writer.append(call).await;
-                }
-                owner.end_as(outcome).await;
+                owner.end_as(outcome, calls).await;
                 self.forget(&owner);
             }
             Fate::Ends(why) => {
                 tracing::warn!(execution = %id, status = was, why, "an execution was interrupted by the end of the sidecar");
                 let owner = self.adopt(record, writer, None, None);
-                for call in calls {
-                    owner.writer.append(call).await;
-                }
-                owner.end_now(Reason::Interrupted, why).await;
+                owner.end_as(interrupted(why), calls).await;
                 self.forget(&owner);
             }
         }
@@ -190,12 +189,9 @@ impl Executions {
         }
     }
 
-    /// Takes care of what the database alone knows, once it is there, where the start could not: keys, and what this
-    /// instance has in it that is not in its journal. Returns at the shutdown, too.
-    pub async fn catch_up(self) {
-        if self.shared.caught_up.load(Ordering::SeqCst) {
-            return;
-        }
+    /// Takes care of what the database alone knows, once it is there: keys, and what this instance has in it that is not
+    /// in its journal. Returns at the shutdown, too.
+    async fn catch_up(self) {
         let shutdown = self.shared.tasks.shutdown_token().clone();
         let work = async {
             self.shared.store.ready().await;
@@ -219,7 +215,7 @@ impl Executions {
     async fn ask_the_database(&self) -> Result<(), StoreError> {
         let (store, settings) = (&self.shared.store, &self.shared.settings);
         self.let_wait(false).await?;
-        let since = Utc::now() - idempotency::LIFE;
+        let since = Utc::now() - KEY_LIFE;
         self.shared.keys.remember(store.submitted_with_key(&settings.project, since, idempotency::MOST).await?);
         if !self.shared.keys_known.swap(true, Ordering::SeqCst) {
             self.shared.events.keys_are_known();
@@ -259,7 +255,7 @@ impl Executions {
         tracing::warn!(execution = %id, status = record.status.as_str(), "an execution that nobody runs is ended");
         let writer = self.shared.events.open(record.clone());
         let owner = self.adopt(record, writer, None, None);
-        owner.end_now(Reason::Interrupted, "The sidecar that ran the task, or its node, went away.").await;
+        owner.end_as(interrupted(GONE), Vec::new()).await;
         self.forget(&owner);
         Ok(())
     }
@@ -272,6 +268,13 @@ fn is_recent(alive: &Path, term: Duration) -> bool {
     then.is_ok_and(|then| then.elapsed().is_ok_and(|ago| ago < term))
 }
 
+/// How an execution ends whose sidecar went away.
+fn interrupted(why: &str) -> Outcome {
+    let reason = Reason::Interrupted;
+    let failure = OutcomeFailure { code: reason.as_str().to_owned(), message: why.to_owned(), retry_after: None };
+    Outcome { reason, failure: Some(failure) }
+}
+
 /// The result of a call that has none.
 pub(super) fn cut_off(open: &OpenTool) -> NewEvent {
     let OpenTool { call_id, tool, .. } = open;
@@ -281,10 +284,10 @@ pub(super) fn cut_off(open: &OpenTool) -> NewEvent {
 
 /// What the agent is told when it goes on.
 fn what_was_cut_off(open_tools: &[OpenTool]) -> String {
-    let mut message =
-        "The machine that you work on was interrupted and has been started again. Every process that you \
-                       had started is gone; the files are as they were left."
-            .to_owned();
+    let mut message = String::from(
+        "The machine that you work on was interrupted and has been started again. Every process that you had started is \
+         gone; the files are as they were left.",
+    );
     if !open_tools.is_empty() {
         message.push_str(
             "\n\nThese tool calls were cut off. They have not been run again, and may have had a part of their effect:",

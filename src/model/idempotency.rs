@@ -2,12 +2,15 @@
 
 use super::request::TaskRequest;
 use super::{ExecutionId, SessionId, TaskId};
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::{Number, Value};
 use sha2::{Digest, Sha256};
 use std::fmt;
 use std::str::FromStr;
+
+/// How long a key stands for its first submission.
+pub const KEY_LIFE: TimeDelta = TimeDelta::hours(24);
 
 /// A caller's own key for one submission: 1 to 255 visible ASCII characters.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

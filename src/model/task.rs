@@ -32,6 +32,25 @@ pub struct Task {
 }
 
 impl Task {
+    /// A task that is nothing but a prompt.
+    pub fn new(task_id: TaskId, prompt: &str, model: ModelChoice, timeout_seconds: u64, limits: Limits) -> Self {
+        Self {
+            task_id,
+            prompt: Some(prompt.to_owned()),
+            code: None,
+            context: None,
+            session_id: None,
+            model,
+            system_prompt: None,
+            agent: None,
+            workdir: None,
+            timeout_seconds,
+            limits,
+            on_restart: OnRestart::default(),
+            metadata: None,
+        }
+    }
+
     /// The deadline of the whole run.
     pub fn timeout(&self) -> Duration {
         Duration::from_secs(self.timeout_seconds)
@@ -120,6 +139,19 @@ pub struct ModelChoice {
 }
 
 impl ModelChoice {
+    /// A model with nothing else said of it.
+    pub fn new(provider: Provider, model: &str, endpoint: &str) -> Self {
+        Self {
+            provider,
+            model: model.to_owned(),
+            version: None,
+            endpoint: endpoint.to_owned(),
+            temperature: None,
+            max_tokens: None,
+            enabled_tools: None,
+        }
+    }
+
     /// What the model is called at the provider: the version where that begins with the model's name, else
     /// `<model>-<version>`; the model alone where no version is pinned.
     pub fn name(&self) -> Cow<'_, str> {

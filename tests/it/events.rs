@@ -9,7 +9,6 @@ use chrono::Utc;
 use opencode_sidecar::events::{Events, Inherited, ReadQuery};
 use opencode_sidecar::journal::Journal;
 use opencode_sidecar::model::event::{Event, EventType, NewEvent, Severity};
-use opencode_sidecar::model::request::OnRestart;
 use opencode_sidecar::model::task::{Limits, ModelChoice, Provider};
 use opencode_sidecar::model::{ExecutionId, ExecutionRecord, Reason, Status, Task, TaskId, Usage};
 use opencode_sidecar::store::Store;
@@ -20,31 +19,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 fn record() -> ExecutionRecord {
-    let model = ModelChoice {
-        provider: Provider::Local,
-        model: "m".into(),
-        version: None,
-        endpoint: "http://127.0.0.1:1/v1".into(),
-        temperature: None,
-        max_tokens: None,
-        enabled_tools: None,
-    };
+    let model = ModelChoice::new(Provider::Local, "m", "http://127.0.0.1:1/v1");
     let limits = Limits { output_bytes: 1, model_calls: 1, total_tokens: 1, ..Limits::default() };
-    let task = Task {
-        task_id: TaskId::new(),
-        prompt: Some("x".into()),
-        code: None,
-        context: None,
-        session_id: None,
-        model,
-        system_prompt: None,
-        agent: None,
-        workdir: None,
-        timeout_seconds: 1,
-        limits,
-        on_restart: OnRestart::Fail,
-        metadata: None,
-    };
+    let task = Task::new(TaskId::new(), "x", model, 1, limits);
     ExecutionRecord::new("p", uuid::Uuid::now_v7(), task, Vec::new(), Utc::now())
 }
 

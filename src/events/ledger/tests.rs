@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::model::event::NewEvent;
-use crate::model::request::OnRestart;
 use crate::model::task::{Limits, ModelChoice, Provider};
 use crate::model::{Reason, Status, Task, TaskId};
 use chrono::TimeDelta;
@@ -15,30 +14,8 @@ fn at(second: i64) -> DateTime<Utc> {
 }
 
 fn record(number: u128) -> ExecutionRecord {
-    let model = ModelChoice {
-        provider: Provider::Local,
-        model: "m".into(),
-        version: None,
-        endpoint: "http://127.0.0.1:1/v1".into(),
-        temperature: None,
-        max_tokens: None,
-        enabled_tools: None,
-    };
-    let task = Task {
-        task_id: TaskId(Uuid::from_u128(number)),
-        prompt: Some("x".into()),
-        code: None,
-        context: None,
-        session_id: None,
-        model,
-        system_prompt: None,
-        agent: None,
-        workdir: None,
-        timeout_seconds: 1,
-        limits: Limits::default(),
-        on_restart: OnRestart::Resume,
-        metadata: None,
-    };
+    let model = ModelChoice::new(Provider::Local, "m", "http://127.0.0.1:1/v1");
+    let task = Task::new(TaskId(Uuid::from_u128(number)), "x", model, 1, Limits::default());
     let mut record = ExecutionRecord::new("p", Uuid::nil(), task, Vec::new(), at(number as i64));
     record.id = ExecutionId(Uuid::from_u128(number));
     record.session_id = SessionId(Uuid::from_u128(number));

@@ -8,7 +8,6 @@
 use super::*;
 use crate::events::{page_of, page_of_stored};
 use crate::model::event::EventType;
-use crate::model::request::OnRestart;
 use crate::model::task::{Limits, ModelChoice, Provider};
 use crate::model::{Task, TaskId};
 use serde_json::json;
@@ -19,30 +18,8 @@ const SCHEDULES: usize = 3_000;
 const RECORDS: u64 = 5;
 
 fn record() -> ExecutionRecord {
-    let model = ModelChoice {
-        provider: Provider::Local,
-        model: "m".into(),
-        version: None,
-        endpoint: "http://127.0.0.1:1/v1".into(),
-        temperature: None,
-        max_tokens: None,
-        enabled_tools: None,
-    };
-    let task = Task {
-        task_id: TaskId::new(),
-        prompt: None,
-        code: None,
-        context: None,
-        session_id: None,
-        model,
-        system_prompt: None,
-        agent: None,
-        workdir: None,
-        timeout_seconds: 1,
-        limits: Limits::default(),
-        on_restart: OnRestart::Fail,
-        metadata: None,
-    };
+    let model = ModelChoice::new(Provider::Local, "m", "http://127.0.0.1:1/v1");
+    let task = Task::new(TaskId::new(), "x", model, 1, Limits::default());
     ExecutionRecord::new("p", uuid::Uuid::nil(), task, Vec::new(), Utc::now())
 }
 
