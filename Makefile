@@ -3,13 +3,14 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test soak guest lint bench sqlx-prepare clean run-demo run-tests run-soak run-bench need-rust need-npm
+.PHONY: help setup demo test soak fuzz guest lint bench sqlx-prepare clean run-demo run-tests run-soak run-bench need-rust need-npm
 
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 # The queries are checked against .sqlx; `sqlx-prepare` alone asks a database.
 export SQLX_OFFLINE := true
 
 CARGO_DENY := 0.20.2
+CARGO_FUZZ := 0.13.1
 
 # A heading, so that a long run shows where it is.
 step = @printf '\n\033[1m== %s\033[0m\n' '$(1)'
@@ -48,6 +49,23 @@ soak: need-rust need-npm ## Kill the sidecar at random instants, 500 times (SOAK
 run-soak:
 	$(call step,Soak)
 	@cargo test --locked --test it -- --nocapture run::soak run::million
+
+fuzz: need-rust ## Throw bytes at what reads them, each target for FUZZ_SECONDS (60); FUZZ=NAME for one alone
+	$(call step,Fuzzers)
+	@export PATH="$$PWD/target/tools/bin:$$PATH"; \
+	if [[ $$(cargo-fuzz --version 2>/dev/null) != 'cargo-fuzz $(CARGO_FUZZ)' ]]; then \
+	    echo 'Building cargo-fuzz $(CARGO_FUZZ), once'; \
+	    cargo install --locked --debug --quiet --root target/tools --version $(CARGO_FUZZ) cargo-fuzz; \
+	fi; \
+	export RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=$$PWD/target/fuzz; \
+	mkdir -p target/fuzz/found; \
+	for target in $${FUZZ:-$$(ls fuzz/corpus)}; do \
+	    printf '\n%s\n' "$$target"; \
+	    mkdir -p "target/fuzz/corpus/$$target"; \
+	    cargo fuzz run "$$target" "target/fuzz/corpus/$$target" "fuzz/corpus/$$target" -- \
+	        -max_total_time=$${FUZZ_SECONDS:-60} -max_len=65536 -rss_limit_mb=2048 -print_final_stats=1 \
+	        -artifact_prefix=target/fuzz/found/$$target-; \
+	done
 
 guest: need-rust ## Of the tests, only the limits of control groups in a small virtual machine with version 2 alone (Debian's QEMU)
 	@guest=$$(scripts/setup-guest) && OPENCODE_SIDECAR_GUEST=$$guest cargo test --locked --test it -- --nocapture cgroup::guest

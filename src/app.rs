@@ -301,6 +301,7 @@ impl App {
             database.store.clone(),
             config.project_id.clone(),
             metrics.clone(),
+            !config.redaction_off,
             &tasks,
         );
         let (events, inherited) = started.await.map_err(StartError::Journal)?;

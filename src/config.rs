@@ -94,6 +94,8 @@ pub struct Config {
     pub backend_api_url: Option<Url>,
     /// `AUTH=off`.
     pub auth_off: bool,
+    /// `REDACTION=off`.
+    pub redaction_off: bool,
     /// `METRICS_AUTH=required`.
     pub metrics_auth: bool,
     /// Whether `GET /sessions/{id}/stream` needs no credential.
@@ -196,6 +198,7 @@ impl Config {
             credentials: credentials(&mut r),
             backend_api_url: r.optional("BACKEND_API_URL", PLAIN_URL, endpoint),
             auth_off: r.flag("AUTH", "off"),
+            redaction_off: r.flag("REDACTION", "off"),
             metrics_auth: r.flag("METRICS_AUTH", "required"),
             sessions_stream_unauthenticated: r.flag("SESSIONS_STREAM_UNAUTHENTICATED", "1"),
             model_header_timeout: r.seconds("MODEL_HEADER_TIMEOUT", HOUR),

@@ -11,7 +11,7 @@
 //! | | [`sse`] | reads server-sent events |
 //! | base | [`failpoint`] | places where a test may end this process; nothing in a release |
 //! | | [`tasks`] | spawns, tracks and ends every concurrent piece of work |
-//! | | [`secrets`] | makes random tokens, seals and opens keys, checks signed tokens |
+//! | | [`secrets`] | makes random tokens, seals and opens keys, checks signed tokens, takes secrets out of texts |
 //! | | [`telemetry`] | log and metrics |
 //! | | [`config`] | the environment, read once |
 //! | owners of I/O | [`sandbox`] | processes: the jail, their confinement, the proof that nothing is left, the shell tap |
@@ -73,6 +73,7 @@
 //! | how an OpenCode event becomes one of ours | [`opencode::translate`] |
 //! | why a run ended as it did | [`opencode::outcome`] |
 //! | what OpenCode is configured with | [`opencode::profile`] |
+//! | how secrets are kept out of the log | `events::redaction`, over `secrets::redact` |
 //! | where an event becomes durable | `events::commit`, and on its way to the database `events::ship` |
 //! | how shell output gets here | [`sandbox::tap`], then [`sandbox::frames`] and `sessions::shell` |
 //! | how a person's shell runs in a session | `sessions::terminal`, and `api::terminal` for what it says to whom |

@@ -180,6 +180,7 @@ struct Inner {
     execution_duration: HistogramVec,
     queue_wait: HistogramVec,
     events: IntCounterVec,
+    redacted: IntCounterVec,
     model_calls: IntCounterVec,
     callbacks: IntCounterVec,
     callbacks_waiting: IntGauge,
@@ -257,6 +258,7 @@ impl Metrics {
                 exponential_buckets(0.01, 4.0, 9)?,
             )?,
             events: make.counters("events_total", "Events appended to logs.", &["type"])?,
+            redacted: make.counters("redacted_total", "Secrets that were kept out of the logs.", &["kind"])?,
             model_calls: make.counters("model_calls_total", "Calls of models through the broker.", &["outcome"])?,
             callbacks: make.counters("callbacks_total", "Calls that tell the backend a status.", &["outcome"])?,
             callbacks_waiting: make.gauge(
@@ -344,6 +346,11 @@ impl Metrics {
     /// An event was appended to a log.
     pub fn event(&self, kind: EventType) {
         self.0.events.with_label_values(&[kind.as_str()]).inc();
+    }
+
+    /// A secret of this kind was kept out of a log.
+    pub fn redacted(&self, kind: &str) {
+        self.0.redacted.with_label_values(&[kind]).inc();
     }
 
     /// A call of a model ended.

@@ -148,7 +148,8 @@ pub(crate) async fn run(world: &World) {
     assert_ne!(statfs(place.path()).unwrap().filesystem_type(), TMPFS_MAGIC, "no disk is beneath the journal");
     let journal = Arc::new(Journal::open(place.path()).unwrap().0);
     let metrics = Metrics::new().unwrap();
-    let started = Events::start(Arc::clone(&journal), 1 << 30, store.clone(), "bench".to_owned(), metrics, &tasks);
+    let started =
+        Events::start(Arc::clone(&journal), 1 << 30, store.clone(), "bench".to_owned(), metrics, true, &tasks);
     let events = started.await.unwrap().0;
     let (mut through, mut without, mut added) = (Vec::new(), Vec::new(), Vec::new());
     let started = Instant::now();

@@ -70,11 +70,33 @@ pub struct EdgeLimits {
     pub body: BodyLimits,
 }
 
+/// Bytes of a path, and of a query, as they are sent. A longer one is a 414.
+const MAX_PATH: usize = 1024;
+const MAX_QUERY: usize = 16 * 1024;
+
 impl Default for EdgeLimits {
     /// 30 s, and the default [`BodyLimits`].
     fn default() -> Self {
         Self { request: Duration::from_secs(30), body: BodyLimits::default() }
     }
+}
+
+/// Why no route is to see the request.
+fn refused(request: &Request) -> Option<Problem> {
+    let too_long = |what: &str, max: usize| {
+        Some(Problem::new(Code::UriTooLong, format!("The {what} may have at most {max} bytes.")))
+    };
+    let headers = request.headers();
+    if request.uri().path().len() > MAX_PATH {
+        return too_long("path", MAX_PATH);
+    }
+    if request.uri().query().is_some_and(|query| query.len() > MAX_QUERY) {
+        return too_long("query", MAX_QUERY);
+    }
+    if headers.contains_key(header::TRANSFER_ENCODING) && headers.contains_key(header::CONTENT_LENGTH) {
+        return Some(Problem::invalid_field("Content-Length", "cannot be given together with Transfer-Encoding"));
+    }
+    None
 }
 
 /// What [`around`] needs.
@@ -97,7 +119,11 @@ pub(crate) async fn around(State(around): State<Around>, mut request: Request, n
     }
 
     let span = tracing::info_span!("request", request_id = %id);
+    let refused = refused(&request);
     let handled = async {
+        if let Some(problem) = refused {
+            return problem.into_response();
+        }
         match AssertUnwindSafe(next.run(request)).catch_unwind().await {
             Ok(response) => response,
             // The panic hook has printed where and why.

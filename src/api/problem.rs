@@ -69,6 +69,8 @@ codes! {
     IdempotencyMismatch = "idempotency_mismatch", CONFLICT, "The idempotency key was used for another request";
     /// The body is larger than the limit.
     BodyTooLarge = "body_too_large", PAYLOAD_TOO_LARGE, "The body is too large";
+    /// The path or the query is longer than the limit.
+    UriTooLong = "uri_too_long", URI_TOO_LONG, "The path or the query is too long";
     /// There is a WebSocket here and nothing else.
     UpgradeRequired = "upgrade_required", UPGRADE_REQUIRED, "A WebSocket is required";
     /// The body's media type or encoding is not accepted.

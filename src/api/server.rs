@@ -1,23 +1,32 @@
 //! The accept loop: connections with limits on headers, time and number, each a tracked task.
+//!
+//! What hyper refuses by itself, since two readers could see two requests in it, is written in `tests/it/edge/connections.rs`.
+//! Two lengths in one head it does not refuse: a `Content-Length` beside `Transfer-Encoding` it passes over. So a request
+//! that shows both is refused (in `layers`), and after any with `Transfer-Encoding` the connection is closed (RFC 9112, 6.3): nothing
+//! that follows on it is anybody's request.
 
+use crate::api::auth::Origin;
 use crate::api::stall::StallLimit;
 use crate::tasks::Tasks;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::ConnectInfo;
 use bytes::Bytes;
-use http::Request;
+use http::{HeaderValue, Request, header};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use hyper::rt::Executor;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
@@ -37,6 +46,9 @@ pub struct ServerLimits {
     pub headers: usize,
     /// Open connections, WebSockets included; others wait in the kernel's backlog.
     pub connections: usize,
+    /// Open connections of one address (of one IPv6 network of 64 bits); more are closed at once. Behind a proxy all
+    /// callers have one.
+    pub connections_per_address: usize,
     /// HTTP/2: requests at once on a connection.
     pub concurrent_streams: u32,
     /// HTTP/2: time without a request after which a connection is ended.
@@ -54,6 +66,7 @@ impl Default for ServerLimits {
             header_bytes: 32 * 1024,
             headers: 100,
             connections: 2048,
+            connections_per_address: 1024,
             concurrent_streams: 256,
             idle: Duration::from_secs(90),
             stall: Duration::from_secs(60),
@@ -67,6 +80,7 @@ impl Default for ServerLimits {
 #[derive(Clone, Debug)]
 pub struct ConnectionSlot {
     _permit: Arc<OwnedSemaphorePermit>,
+    _of_address: Arc<Place>,
 }
 
 /// [`serve_with`] the default limits.
@@ -92,6 +106,7 @@ pub async fn serve_with(
         limits,
         shutdown: shutdown.clone(),
         cut: CancellationToken::new(),
+        by_origin: Arc::default(),
     });
     let places = Arc::new(Semaphore::new(limits.connections));
     let accepting = accept(listener, &server, &tasks, &places);
@@ -118,7 +133,8 @@ async fn accept(listener: TcpListener, server: &Arc<Server>, tasks: &Tasks, plac
                 backoff = Duration::ZERO;
                 // Only latency depends on it.
                 let _ = stream.set_nodelay(true);
-                let slot = ConnectionSlot { _permit: Arc::new(permit) };
+                let Some(place) = server.place(peer) else { continue };
+                let slot = ConnectionSlot { _permit: Arc::new(permit), _of_address: Arc::new(place) };
                 tasks.spawn("http connection", Arc::clone(server).connection(stream, peer, slot));
             }
             Err(error) if gone_before_accept(&error) => {}
@@ -178,17 +194,58 @@ struct Server {
     limits: ServerLimits,
     shutdown: CancellationToken,
     cut: CancellationToken,
+    by_origin: Arc<Mutex<HashMap<Origin, usize>>>,
+}
+
+/// One of the connections of an address.
+#[derive(Debug)]
+struct Place {
+    origin: Origin,
+    by_origin: Arc<Mutex<HashMap<Origin, usize>>>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut by_origin = self.by_origin.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Entry::Occupied(mut count) = by_origin.entry(self.origin) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+    }
 }
 
 impl Server {
+    /// A place for one more connection of the address; `None` where it has as many as it may.
+    fn place(&self, peer: SocketAddr) -> Option<Place> {
+        let origin = Origin::of(Some(peer.ip()));
+        let mut by_origin = self.by_origin.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = by_origin.entry(origin).or_default();
+        if *count >= self.limits.connections_per_address {
+            // A line for each would be a flood of its own.
+            tracing::debug!(%peer, "a connection was closed: its address has as many as it may");
+            return None;
+        }
+        *count += 1;
+        Some(Place { origin, by_origin: Arc::clone(&self.by_origin) })
+    }
+
     async fn connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, slot: ConnectionSlot) {
         let activity = Arc::new(Activity::default());
         let service = service_fn(|mut request: Request<Incoming>| {
             request.extensions_mut().insert(ConnectInfo(peer));
             request.extensions_mut().insert(slot.clone());
             let busy = activity.begin();
+            let is_last = request.headers().contains_key(header::TRANSFER_ENCODING);
             let answer = self.router.clone().oneshot(request.map(Body::new));
-            async move { answer.await.map(|response| response.map(|body| Busily { body, _busy: busy })) }
+            async move {
+                let mut response = answer.await?;
+                if is_last {
+                    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                }
+                Ok::<_, Infallible>(response.map(|body| Busily { body, _busy: busy }))
+            }
         });
         let io = TokioIo::new(StallLimit::new(stream, self.limits.stall));
         let mut connection = pin!(self.builder.serve_connection_with_upgrades(io, service));

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// How often a quiet connection is told that it lives.
@@ -28,6 +29,54 @@ pub(crate) mod close {
     pub(crate) const FORBIDDEN: u16 = 4403;
     pub(crate) const NOT_FOUND: u16 = 4404;
     pub(crate) const STUCK: u16 = 4408;
+}
+
+/// How fast a client's frames are read. A client that sends faster is not cut: its frames wait in its own memory.
+#[derive(Debug)]
+pub(crate) struct Pace {
+    /// Between two frames, in the long run.
+    every: Duration,
+    /// How many may come at once.
+    burst: u32,
+    /// When all that was read would have been read at that pace.
+    until: Instant,
+}
+
+impl Pace {
+    /// For a client that now and then says something.
+    pub(crate) fn of_commands() -> Self {
+        Self::new(Duration::from_millis(50), 20)
+    }
+
+    /// For a person's keyboard, and what is pasted with it.
+    pub(crate) fn of_input() -> Self {
+        Self::new(Duration::from_millis(1), 1_000)
+    }
+
+    fn new(every: Duration, burst: u32) -> Self {
+        Self { every, burst, until: Instant::now() }
+    }
+
+    /// Waits until the next frame may be read.
+    pub(crate) async fn turn(&self) {
+        if let Some(at) = self.next() {
+            tokio::time::sleep_until(at).await;
+        }
+    }
+
+    /// A frame was read.
+    pub(crate) fn read(&mut self) {
+        self.read_at(Instant::now());
+    }
+
+    /// When the next frame may be read; `None`: at once.
+    fn next(&self) -> Option<Instant> {
+        self.until.checked_sub(self.every * self.burst)
+    }
+
+    fn read_at(&mut self, now: Instant) {
+        self.until = self.until.max(now) + self.every;
+    }
 }
 
 /// The code, and a sentence of at most 123 bytes.
@@ -109,5 +158,28 @@ impl Sockets {
             Err(_) => None,
         };
         Ok(frame.filter(|frame| frame.r#type == "auth").and_then(|frame| frame.token))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_are_read_at_a_pace() {
+        let mut pace = Pace::new(Duration::from_millis(50), 20);
+        let begun = Instant::now() + Duration::from_secs(3600);
+        let mut now = begun;
+        let mut at = Vec::new();
+        for _ in 0..60 {
+            now = now.max(pace.next().unwrap());
+            pace.read_at(now);
+            at.push((now - begun).as_millis());
+        }
+        assert!(at[..21].iter().all(|at| *at == 0), "{at:?}");
+        assert!((1_900..=2_000).contains(&at[59]), "{at:?}");
+        // Who was quiet for a while may hurry again.
+        now += Duration::from_secs(1);
+        assert!(pace.next().unwrap() < now);
     }
 }

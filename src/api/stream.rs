@@ -7,7 +7,7 @@ use crate::api::auth::{Admission, Caller, STREAM_PROTOCOL, Scope};
 use crate::api::cursor::{Cursor, Next};
 use crate::api::problem::Problem;
 use crate::api::server::ConnectionSlot;
-use crate::api::sockets::{Broken, Closing, EXPIRED, PING, STUCK, Sockets, close};
+use crate::api::sockets::{Broken, Closing, EXPIRED, PING, Pace, STUCK, Sockets, close};
 use crate::api::tasks::{TasksApi, find, parse_id};
 use crate::executions::View;
 use axum::Extension;
@@ -226,6 +226,12 @@ async fn command(api: &StreamApi, id: crate::model::ExecutionId, caller: &Caller
     }
 }
 
+/// The next frame, when it may be read.
+async fn paced(pace: &Pace, socket: &mut WebSocket) -> Option<Result<Message, axum::Error>> {
+    pace.turn().await;
+    socket.recv().await
+}
+
 /// Completes when the credential of a reader ends; never for one that needs none.
 pub(crate) async fn expired(caller: Option<&Caller>) {
     match caller {
@@ -258,6 +264,7 @@ impl Socket {
         if cursor.reset_if_beyond(view.last_seq) {
             self.send(reset_frame(&view).to_string()).await?;
         }
+        let mut pace = Pace::of_commands();
         let mut ping = tokio::time::interval_at(tokio::time::Instant::now() + PING, PING);
         loop {
             tokio::select! {
@@ -282,8 +289,9 @@ impl Socket {
                         return Ok((close::INTERNAL, "the log cannot be read now"));
                     }
                 },
-                message = self.socket.recv() => match message {
+                message = paced(&pace, &mut self.socket) => match message {
                     Some(Ok(Message::Text(text))) => {
+                        pace.read();
                         let Ok(frame) = serde_json::from_str::<ClientFrame>(&text) else {
                             return Ok((close::BAD_FRAME, "a frame must be a JSON object with a type"));
                         };
@@ -294,7 +302,7 @@ impl Socket {
                         self.send(answer.to_string()).await?;
                     }
                     Some(Ok(Message::Binary(_))) => return Ok((close::BAD_FRAME, "frames must be text")),
-                    Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+                    Some(Ok(Message::Ping(_) | Message::Pong(_))) => pace.read(),
                     Some(Ok(Message::Close(_)) | Err(_)) | None => return Err(Broken),
                 },
                 _ = ping.tick() => {

@@ -8,7 +8,7 @@ use crate::api::extract::ApiQuery;
 use crate::api::problem::{Code, Problem};
 use crate::api::server::ConnectionSlot;
 use crate::api::sessions::{SessionsApi, find, not_found, parse_id};
-use crate::api::sockets::{Broken, Closing, EXPIRED, PING, STUCK, close};
+use crate::api::sockets::{Broken, Closing, EXPIRED, PING, Pace, STUCK, close};
 use crate::api::tasks::unavailable;
 use crate::executions::{MAX_TERMINALS, OpenTerminalError, Terminal, TerminalSize};
 use crate::model::SessionId;
@@ -203,7 +203,10 @@ struct ClientFrame {
 
 /// From the client to the shell. Nothing more is read from the client while the shell does not take what there is.
 async fn listen(mut stream: SplitStream<WebSocket>, terminal: &Terminal, to_say: &mpsc::Sender<Value>) -> End {
+    let mut pace = Pace::of_input();
     loop {
+        pace.turn().await;
+        pace.read();
         let message = match timeout(SILENT, stream.next()).await {
             Ok(Some(Ok(message))) => message,
             Ok(Some(Err(_))) => {

@@ -41,6 +41,7 @@ pub(super) const REFERENCE: &[Variable] = &[
     var("JWT_PUBLIC_KEY_FILE", "", "The same from a file, which may change"),
     var("JWT_JWKS_FILE", "", "Tokens are RS256, ES256 or EdDSA, signed with a key of this key set (JWKS): a file, which may change"),
     var("SESSIONS_STREAM_UNAUTHENTICATED", "", "1: GET /sessions/{id}/stream needs no credential; whoever knows a session's id can read it"),
+    var("REDACTION", "", "off: what looks like somebody's key or token stays in the log; the session's own key never does"),
     var("AUTH", "", "off: without any credential configured, callers on this machine are let in"),
     var("METRICS_AUTH", "", "required: GET /metrics needs a credential with the scope admin"),
     var("BACKEND_API_URL", "", "The backend, which is told each change of status of its sessions"),

@@ -92,6 +92,7 @@ fn each_variable_is_read_and_checked() {
         ("JWT_PUBLIC_KEY_FILE", "/run/key.pem", &["key.pem"]),
         ("JWT_JWKS_FILE", "/run/jwks.json", &["jwks.json"]),
         ("AUTH", "off", &["on", "false", "OFF"]),
+        ("REDACTION", "off", &["on", "0"]),
         ("METRICS_AUTH", "required", &["on", "1", "optional"]),
         (
             "BACKEND_API_URL",

@@ -1,11 +1,14 @@
 //! The log of one live execution: numbers its events, and holds its newest committed ones in memory.
 
+use super::redaction::Cleaner;
 use super::{Page, ReadQuery, Shared};
 use crate::journal::Position;
 use crate::model::event::{Event, NewEvent};
 use crate::model::{ExecutionId, ExecutionRecord, Status};
 use crate::store::{Fact, Outcome, Write};
 use chrono::{DateTime, Utc};
+use secrecy::SecretString;
+use serde_json::json;
 use std::collections::VecDeque;
 use std::sync::{Arc, PoisonError};
 use tokio::sync::watch;
@@ -38,10 +41,18 @@ pub struct Head {
 #[derive(Debug)]
 pub(super) struct Live {
     pub(super) id: ExecutionId,
-    next: Mutex<u64>,
+    entrance: Mutex<Entrance>,
     tail: Mutex<Tail>,
     shipping: Mutex<Shipping>,
     head: watch::Sender<Head>,
+}
+
+/// What every event passes on its way in.
+#[derive(Debug)]
+struct Entrance {
+    /// The number of the next one.
+    next: u64,
+    cleaner: Cleaner,
 }
 
 /// Where the events are.
@@ -81,7 +92,7 @@ impl Live {
         };
         Self {
             id: head.record.id,
-            next: Mutex::new(head.last_seq + 1),
+            entrance: Mutex::new(Entrance { next: head.last_seq + 1, cleaner: Cleaner::default() }),
             tail: Mutex::default(),
             shipping: Mutex::new(Shipping { shipped: head.last_seq, records: VecDeque::new() }),
             head: watch::Sender::new(head),
@@ -119,7 +130,11 @@ impl Live {
 
     /// All that was left is found: the next event follows it.
     pub(super) fn go_on(&self) {
-        *self.next.lock().unwrap_or_else(PoisonError::into_inner) = self.head.borrow().last_seq + 1;
+        self.lock_entrance().next = self.head.borrow().last_seq + 1;
+    }
+
+    fn lock_entrance(&self) -> impl std::ops::DerefMut<Target = Entrance> {
+        self.entrance.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn keep(&self, events: Vec<Event>, most: usize) {
@@ -215,11 +230,17 @@ pub struct Writer {
 
 impl Writer {
     pub(super) fn new(shared: Arc<Shared>, live: Arc<Live>) -> Self {
+        live.lock_entrance().cleaner.look_for_shapes(shared.redacts);
         Self { shared, live }
     }
 
+    /// This is the session's key: it is to be in nothing that goes into the log from now on.
+    pub fn hide(&self, key: &SecretString) {
+        self.live.lock_entrance().cleaner.hide(key);
+    }
+
     pub(super) fn submit(&self, record: ExecutionRecord) {
-        self.shared.queue.push(&self.live, vec![Write::Submit(Box::new(record))]);
+        self.enqueue(Vec::new(), |_, _| vec![Write::Submit(Box::new(record))]);
     }
 
     /// The record, and what is only kept here of it, before its first event.
@@ -245,13 +266,18 @@ impl Writer {
     }
 
     fn keep_fact(&self, fact: Fact) {
-        self.shared.queue.push(&self.live, vec![Write::Local { execution: self.live.id, fact }]);
+        self.enqueue(Vec::new(), |_, _| vec![Write::Local { execution: self.live.id, fact }]);
     }
 
     /// Appends an event; waits only while very much is queued. Returns its number.
     pub async fn append(&self, event: NewEvent) -> u64 {
         self.shared.room().await;
         self.enqueue(vec![event], |events, _| events)
+    }
+
+    /// The output of a call (`None`: an unknown one) has ended: nothing of it is held back any more. Returns the last number.
+    pub fn output_ends(&self, call_id: Option<&str>) -> u64 {
+        self.enter(|cleaner| cleaner.output_ends(&json!(call_id)), |events, _| events)
     }
 
     /// Appends a change of status with its event(s), as one: `record` is how the execution stands after it.
@@ -272,18 +298,32 @@ impl Writer {
         });
     }
 
-    /// The number is given and the event queued under one lock: no two have the same one, and none overtakes.
+    /// See [`Self::enter`].
     fn enqueue(&self, events: Vec<NewEvent>, finish: impl FnOnce(Vec<Write>, u64) -> Vec<Write>) -> u64 {
-        let mut next = self.live.next.lock().unwrap_or_else(PoisonError::into_inner);
+        self.enter(|cleaner| events.into_iter().flat_map(|event| cleaner.clean(event)).collect(), finish)
+    }
+
+    /// The events are cleaned, get their numbers and are queued under one lock: no two have the same number, none overtakes,
+    /// and no secret that is cut in two goes by. Returns the last number.
+    fn enter(
+        &self,
+        events: impl FnOnce(&mut Cleaner) -> Vec<NewEvent>,
+        finish: impl FnOnce(Vec<Write>, u64) -> Vec<Write>,
+    ) -> u64 {
+        let mut entrance = self.live.lock_entrance();
+        let events = events(&mut entrance.cleaner);
         let now = Utc::now();
         let mut writes = Vec::with_capacity(events.len() + 1);
         for event in events {
             self.shared.metrics.event(event.kind);
-            writes.push(Write::Event { execution: self.live.id, event: event.seal(*next, now) });
-            *next += 1;
+            writes.push(Write::Event { execution: self.live.id, event: event.seal(entrance.next, now) });
+            entrance.next += 1;
         }
-        let last = *next - 1;
-        self.shared.queue.push(&self.live, finish(writes, last));
+        let last = entrance.next - 1;
+        let mut writes = finish(writes, last);
+        writes.iter_mut().for_each(|write| entrance.cleaner.clean_write(write));
+        entrance.cleaner.found().for_each(|kind| self.shared.metrics.redacted(kind));
+        self.shared.queue.push(&self.live, writes);
         last
     }
 

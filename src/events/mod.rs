@@ -4,6 +4,7 @@
 //!   committer takes what is queued in batches to the **commit point**, the journal on local disk, and only then shows it (see `commit`):
 //!   what a reader has seen survives this process. From there it is shipped to the database (see `ship`), which may
 //!   be away for as long as the journal has room.
+//!   Before it has a number, an event loses what secrets it has (see `redaction`).
 //! - Out: [`Events::read`] by a cursor, the `seq`, from memory, the journal or the database, wherever it is. REST
 //!   pages, SSE, WebSocket and every other reader use it.
 //!   [`Events::head`] says how far a log goes now; it is a level and carries no event, so there is no buffer per
@@ -14,6 +15,7 @@
 mod commit;
 mod ledger;
 mod live;
+mod redaction;
 mod replay;
 mod ship;
 
@@ -56,6 +58,8 @@ struct Shared {
     ledger: Mutex<Ledger>,
     queue: commit::Queue,
     outgoing: ship::Outgoing,
+    /// Whether what looks like a secret is kept out of the logs; the session's own key always is.
+    redacts: bool,
 }
 
 /// How long a reader of the database waits for what was written before it asked.
@@ -97,7 +101,8 @@ pub struct Page {
 
 impl Events {
     /// Reads what an earlier life left in the journal, and starts the committer and the shipper, which brings it to the
-    /// database as soon as that is there. From nine tenths of `journal_max` bytes on nothing new is to be taken in.
+    /// database as soon as that is there. From nine tenths of `journal_max` bytes on nothing new is to be taken in. With
+    /// `redacts`, what looks like a secret goes into no log.
     ///
     /// # Errors
     /// The journal cannot be read. Nothing is lost by that.
@@ -107,6 +112,7 @@ impl Events {
         store: Store,
         project: String,
         metrics: Metrics,
+        redacts: bool,
         tasks: &Tasks,
     ) -> io::Result<(Self, Inherited)> {
         let reader = Arc::clone(&journal);
@@ -136,6 +142,7 @@ impl Events {
             ledger: Mutex::new(ledger),
             queue: commit::Queue::default(),
             outgoing,
+            redacts,
         });
         let stop = tasks.shutdown_token();
         tasks.spawn("event committer", commit::run(Arc::clone(&shared), stop.clone()));

@@ -304,7 +304,7 @@ impl Executions {
         let (task, api_key) = kept.admit(request, &self.shared.settings.ceilings)?;
         let record = self.record(task, Some(kept)).map_err(|_| CreateError::ShuttingDown)?;
         // Its session ends with the sidecar: nothing of it is needed after a restart.
-        let (owner, seq) = self.begin(record, Some(Arc::clone(kept)), None);
+        let (owner, seq) = self.begin(record, Some(Arc::clone(kept)), &api_key, None);
         let stored = tokio::time::timeout(SUBMIT_TIMEOUT, owner.writer.committed(seq)).await;
         if stored != Ok(true) {
             let service = self.clone();

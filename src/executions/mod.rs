@@ -210,10 +210,17 @@ impl Executions {
     }
 
     /// A new execution: its record and its first event are queued as one.
-    fn begin(&self, record: ExecutionRecord, kept: Option<Arc<Kept>>, sealed: Option<String>) -> (Arc<Owner>, u64) {
+    fn begin(
+        &self,
+        record: ExecutionRecord,
+        kept: Option<Arc<Kept>>,
+        api_key: &SecretString,
+        sealed: Option<String>,
+    ) -> (Arc<Owner>, u64) {
         let pending = NewEvent::status(Status::Pending, None, None);
         let facts = sealed.map(Fact::Credentials).into_iter().collect();
         let (writer, seq) = self.shared.events.begin(record.clone(), facts, pending);
+        writer.hide(api_key);
         (self.adopt(record, writer, kept, None), seq)
     }
 
@@ -374,7 +381,7 @@ impl Executions {
             },
         };
         failpoint::pass("submit-admitted");
-        let (owner, seq) = self.begin(record, kept, sealed);
+        let (owner, seq) = self.begin(record, kept, &api_key, sealed);
         failpoint::pass("submit-queued");
         let stored = tokio::time::timeout(SUBMIT_TIMEOUT, owner.writer.committed(seq)).await;
         if stored == Ok(true) {

@@ -101,6 +101,7 @@ impl Executions {
         match fate {
             Fate::Waits { api_key, resumption, message } => {
                 tracing::info!(execution = %id, status = was, "an execution goes on after a restart");
+                writer.hide(&api_key);
                 let owner = self.adopt(record, writer, None, resumption);
                 owner.restarted(calls, message).await;
                 self.shared.lock_held().insert(id, Queued { owner, api_key });

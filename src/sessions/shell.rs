@@ -110,6 +110,7 @@ impl Shells {
         let [out, err] = streams;
         self.append(&writer, EventType::Stdout, out.finish(), 0, call_id.as_deref()).await;
         self.append(&writer, EventType::Stderr, err.finish(), 0, call_id.as_deref()).await;
+        writer.output_ends(call_id.as_deref());
         // The tap may be gone; then there is nobody to tell.
         let _ = call.done.send(());
     }

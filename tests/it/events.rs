@@ -47,7 +47,7 @@ async fn start(directory: &Path, store: &Store, tasks: &Tasks) -> Events {
 
 async fn start_with(directory: &Path, most: u64, store: &Store, tasks: &Tasks) -> (Events, Inherited) {
     let journal = Arc::new(Journal::open(directory).unwrap().0);
-    Events::start(journal, most, store.clone(), "p".into(), Metrics::new().unwrap(), tasks).await.unwrap()
+    Events::start(journal, most, store.clone(), "p".into(), Metrics::new().unwrap(), true, tasks).await.unwrap()
 }
 
 /// Follows a log as every stream does: by a number, waiting for the head to move.

@@ -10,6 +10,7 @@ mod edge;
 mod embedded;
 mod escape;
 mod events;
+mod fuzz;
 mod golden;
 mod notify;
 mod run;

@@ -28,7 +28,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("journal", &["failpoint"]),
     ("store", &["failpoint", "model", "tasks", "sandbox"]),
     // Services.
-    ("events", &["failpoint", "model", "tasks", "telemetry", "journal", "store"]),
+    ("events", &["failpoint", "model", "tasks", "secrets", "telemetry", "journal", "store"]),
     ("opencode", &["model", "sse", "tasks", "sandbox"]),
     ("broker", &["model", "tasks"]),
     // Orchestration.

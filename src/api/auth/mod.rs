@@ -12,6 +12,7 @@ pub use jwt::STREAM_TOKEN_SECONDS;
 pub use rotation::{CredentialError, CredentialErrors};
 pub(crate) use scope::{Entry, Table};
 pub use scope::{Scope, Scopes, Unscoped};
+pub(crate) use slow::Origin;
 pub use slow::Slowing;
 
 use crate::api::problem::{Code, Problem};

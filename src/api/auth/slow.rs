@@ -44,9 +44,9 @@ impl Default for Slowing {
     }
 }
 
-/// Who fails: one IPv4 address, or one IPv6 network of 64 bits, since whoever has one address of it has them all.
+/// Who it is: one IPv4 address, or one IPv6 network of 64 bits, since whoever has one address of it has them all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Origin {
+pub(crate) enum Origin {
     V4(u32),
     V6(u64),
     /// The connection did not say.
@@ -54,7 +54,7 @@ enum Origin {
 }
 
 impl Origin {
-    fn of(peer: Option<IpAddr>) -> Self {
+    pub(crate) fn of(peer: Option<IpAddr>) -> Self {
         match peer.map(|ip| ip.to_canonical()) {
             None => Self::Unknown,
             Some(IpAddr::V4(ip)) => Self::V4(ip.to_bits()),

@@ -2,9 +2,10 @@
 
 use super::{NEVER, SECRET, Server, Setup, client, problem, read_to_end};
 use reqwest::StatusCode;
+use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 
 #[tokio::test]
 async fn a_slow_body_is_cut() {
@@ -111,4 +112,99 @@ async fn http2_is_served_with_prior_knowledge() {
     problem(answer.body("{"), 400, "malformed_json").await;
     drop(client);
     server.stop().await;
+}
+
+/// Shapes in which one reader may see one request and another one two. `{next}` is what would be the second.
+const SMUGGLERS: &[&str] = &[
+    // A length twice, in other words, or none at all.
+    "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\ncontent-length: 200\r\n\r\n{}{next}",
+    "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 2, 200\r\n\r\n{}{next}",
+    "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: +2\r\n\r\n{}{next}",
+    "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: -2\r\n\r\n{}{next}",
+    "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 0x2\r\n\r\n{}{next}",
+    "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 18446744073709551618\r\n\r\n{}{next}",
+    // A length and chunks, in both orders.
+    "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n{next}",
+    "POST /echo HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\ncontent-length: 5\r\n\r\n0\r\n\r\n{next}",
+    // What some take for chunks and others do not.
+    "POST /echo HTTP/1.1\r\nhost: x\r\ntransfer-encoding: identity\r\n\r\n{next}",
+    "POST /echo HTTP/1.1\r\nhost: x\r\ntransfer-encoding: xchunked\r\n\r\n0\r\n\r\n{next}",
+    "POST /echo HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n{next}",
+    "POST /echo HTTP/1.1\r\nhost: x\r\ntransfer-encoding : chunked\r\n\r\n0\r\n\r\n{next}",
+    "POST /echo HTTP/1.1\r\nhost: x\r\nx: y\r\n transfer-encoding: chunked\r\ncontent-length: 0\r\n\r\n{next}",
+    "POST /echo HTTP/1.0\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n{next}",
+    "POST /echo HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\ntransfer-encoding: identity\r\n\r\n0\r\n\r\n{next}",
+    // Chunks whose sizes are no sizes.
+    "POST /echo HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n-0\r\n\r\n{next}",
+    "POST /echo HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0x0\r\n\r\n{next}",
+    "POST /echo HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\n\r\n{next}",
+    "POST /echo HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}XX0\r\n\r\n{next}",
+    // Heads with what does not belong there.
+    "POST /echo HTTP/1.1\r\nhost: x\r\nx\0: y\r\ncontent-length: 0\r\n\r\n{next}",
+    "POST /echo HTTP/1.1\r\nhost: x\r\nx: \0\r\ncontent-length: 0\r\n\r\n{next}",
+    "POST /echo HTTP/1.1\r\nhost: x\r\nx: a\rb: c\r\ncontent-length: 0\r\n\r\n{next}",
+    "POST /echo HTTP/1.1\r\nhost: x\r\n: y\r\ncontent-length: 0\r\n\r\n{next}",
+    "POST /echo HTTP/9.9\r\nhost: x\r\n\r\n{next}",
+    "POST /echo\r\n\r\n{next}",
+    "POST  /echo  HTTP/1.1\r\nhost: x\r\n\r\n{next}",
+];
+
+#[tokio::test]
+async fn a_request_that_could_be_two_is_refused_and_ends_the_connection() {
+    let server = Server::start(Setup::default()).await;
+    let next = "GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+    let good = format!("GET /health HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n{next}");
+    assert_eq!(
+        server.raw(good.as_bytes()).await.matches("HTTP/1.1 200 ").count(),
+        2,
+        "the second one is seen where it is one"
+    );
+    for shape in SMUGGLERS {
+        let sent = shape.replace("{next}", next);
+        let answer = server.raw(sent.as_bytes()).await;
+        assert!(answer.matches("HTTP/1.").count() <= 1, "{sent:?} is two requests: {answer}");
+        assert!(!answer.contains(" 200 "), "{sent:?}: {answer}");
+    }
+    // In chunks alone it is one request, and the last of its connection.
+    let head = format!(
+        "POST /echo HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {SECRET}\r\ncontent-type: application/json\r\n"
+    );
+    let answer =
+        server.raw(format!("{head}transfer-encoding: chunked\r\n\r\n2\r\n{{}}\r\n0\r\n\r\n{next}").as_bytes()).await;
+    assert_eq!(answer.matches("HTTP/1.1 ").count(), 1, "{answer}");
+    assert!(answer.contains("connection: close"), "{answer}");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_path_and_a_query_have_limits() {
+    let server = Server::start(Setup::default()).await;
+    for path in [format!("/{}", "x".repeat(1024)), format!("/health?{}", "x".repeat(16 * 1024 + 1))] {
+        problem(server.get(&path), 414, "uri_too_long").await;
+    }
+    problem(server.get(&format!("/{}", "x".repeat(1023))), 404, "not_found").await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn one_address_takes_not_all_places() {
+    let mut setup = Setup::default();
+    setup.server.connections_per_address = 2;
+    let server = Server::start(setup).await;
+    let (mut first, _second) = (server.connect().await, server.connect().await);
+    let mut third = server.connect().await;
+    assert_eq!(read_to_end(&mut third).await, "");
+    let mut other = connect_from("127.0.0.2", server.address).await;
+    other.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+    assert!(read_to_end(&mut other).await.starts_with("HTTP/1.1 200 "), "another address is let in");
+    first.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+    assert!(read_to_end(&mut first).await.starts_with("HTTP/1.1 200 "));
+    drop(first);
+    server.stop().await;
+}
+
+async fn connect_from(address: &str, to: SocketAddr) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(SocketAddr::new(address.parse().unwrap(), 0)).unwrap();
+    socket.connect(to).await.unwrap()
 }

@@ -15,6 +15,7 @@ mod model_config;
 mod outage;
 mod queue;
 mod recovery;
+mod redaction;
 mod retention;
 mod rotation;
 mod sandboxed;
