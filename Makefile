@@ -10,7 +10,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 export SQLX_OFFLINE := true
 
 CARGO_DENY := 0.20.2
-CARGO_FUZZ := 0.13.1
+CARGO_FUZZ := 0.13.2
 
 # A heading, so that a long run shows where it is.
 step = @printf '\n\033[1m== %s\033[0m\n' '$(1)'
@@ -34,6 +34,7 @@ test: need-rust need-npm ## Run every check and all tests: what has to pass
 	$(call step,Set-up)
 	@guest=$$(scripts/setup-guest --if-possible); \
 	if [[ -n $$guest ]]; then export OPENCODE_SIDECAR_GUEST=$$guest; fi; \
+	OPENCODE_SIDECAR_SCHEMATHESIS=$$(scripts/setup-schemathesis); export OPENCODE_SIDECAR_SCHEMATHESIS; \
 	scripts/with-setup $(MAKE) --no-print-directory lint run-tests
 
 run-tests:
@@ -50,7 +51,7 @@ run-soak:
 	$(call step,Soak)
 	@cargo test --locked --test it -- --nocapture run::soak run::million
 
-fuzz: need-rust ## Throw bytes at what reads them, each target for FUZZ_SECONDS (60); FUZZ=NAME for one alone
+fuzz: need-rust need-npm ## Throw bytes at what reads them, each target for FUZZ_SECONDS (60); FUZZ=NAME for one alone
 	$(call step,Fuzzers)
 	@export PATH="$$PWD/target/tools/bin:$$PATH"; \
 	if [[ $$(cargo-fuzz --version 2>/dev/null) != 'cargo-fuzz $(CARGO_FUZZ)' ]]; then \
@@ -66,6 +67,9 @@ fuzz: need-rust ## Throw bytes at what reads them, each target for FUZZ_SECONDS 
 	        -max_total_time=$${FUZZ_SECONDS:-60} -max_len=65536 -rss_limit_mb=2048 -print_final_stats=1 \
 	        -artifact_prefix=target/fuzz/found/$$target-; \
 	done
+	$(call step,Requests that schemathesis makes)
+	@OPENCODE_SIDECAR_SCHEMATHESIS=$$(scripts/setup-schemathesis) SCHEMATHESIS_EXAMPLES=$${SCHEMATHESIS_EXAMPLES:-500} \
+	    scripts/with-setup cargo test --locked --test it -- --nocapture run::schema
 
 guest: need-rust ## Of the tests, only the limits of control groups in a small virtual machine with version 2 alone (Debian's QEMU)
 	@guest=$$(scripts/setup-guest) && OPENCODE_SIDECAR_GUEST=$$guest cargo test --locked --test it -- --nocapture cgroup::guest

@@ -49,7 +49,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for ApiJson<T> {
     }
 }
 
-/// A JSON body that may be left out: no body at all is `None`, whatever the content type says.
+/// A JSON body that may be left out: no body at all is `None`, whatever the content type says, and so is `null`.
 #[derive(Clone, Copy, Debug)]
 pub struct OptionalApiJson<T>(pub Option<T>);
 
@@ -66,7 +66,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for OptionalApiJson<T> 
             return Ok(Self(None));
         }
         typed?;
-        parse_json(&body).map(|body| Self(Some(body)))
+        parse_json(&body).map(Self)
     }
 }
 
@@ -124,6 +124,29 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for ApiQuery<T> {
         serde_path_to_error::deserialize(deserializer)
             .map(Self)
             .map_err(|error| reason(&error.inner().to_string(), Place::Parameter).problem(&error.path().to_string()))
+    }
+}
+
+/// The number of an event, as a reader gives it: no more than the database can have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Seq(pub(crate) u64);
+
+impl Seq {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        text.parse::<u64>().ok().filter(|seq| i64::try_from(*seq).is_ok()).map(Self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for Seq {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let seq = u64::deserialize(deserializer)?;
+        match i64::try_from(seq) {
+            Ok(_) => Ok(Self(seq)),
+            Err(_) => {
+                let most = "a whole number up to 9223372036854775807";
+                Err(serde::de::Error::invalid_value(serde::de::Unexpected::Unsigned(seq), &most))
+            }
+        }
     }
 }
 

@@ -42,9 +42,9 @@ const HEARTBEAT: Duration = Duration::from_secs(15);
     get, path = "/sessions/{session_id}/stream", tag = "sessions", security(("bearer" = ["tasks:read"])),
     params(
         ("session_id" = SessionId, Path),
-        ("Last-Event-ID" = Option<String>, Header, description = "The id of the last frame that was received"),
+        ("Last-Event-ID" = Option<String>, Header, pattern = r"^[1-9][0-9]{0,9}\.[0-9]{1,19}$", description = "The id of the last frame that was received"),
     ),
-    responses((status = 200, content_type = "text/event-stream", body = String)),
+    responses((status = 200, content_type = "text/event-stream", body = crate::api::stream::ServerSentEvent)),
 )]
 pub(crate) async fn stream(
     State(api): State<SessionsApi>,

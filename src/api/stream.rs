@@ -5,6 +5,7 @@
 
 use crate::api::auth::{Admission, Caller, STREAM_PROTOCOL, Scope};
 use crate::api::cursor::{Cursor, Next};
+use crate::api::extract::Seq;
 use crate::api::problem::Problem;
 use crate::api::server::ConnectionSlot;
 use crate::api::sockets::{Broken, Closing, EXPIRED, PING, Pace, STUCK, Sockets, close};
@@ -45,7 +46,21 @@ pub fn routes(api: StreamApi) -> utoipa_axum::router::OpenApiRouter {
 struct StreamQuery {
     /// Only events after this one; everything from the start without it. For SSE `Last-Event-ID` says the same.
     #[serde(default)]
-    after: Option<u64>,
+    #[param(value_type = Option<u64>)]
+    after: Option<Seq>,
+}
+
+/// One event of a stream.
+#[derive(utoipa::ToSchema)]
+#[expect(dead_code, reason = "for the document alone: streams are written as text")]
+pub(crate) struct ServerSentEvent {
+    /// What a reader sends as `Last-Event-ID` to go on after it.
+    id: Option<String>,
+    event: Option<String>,
+    /// JSON.
+    data: Option<String>,
+    /// Milliseconds to wait before the next attempt.
+    retry: Option<u64>,
 }
 
 /// The log as it grows: WebSocket with `Upgrade`, else server-sent events
@@ -58,10 +73,14 @@ struct StreamQuery {
 /// it expires.
 #[utoipa::path(
     get, path = "/tasks/{execution_id}/stream", tag = "tasks", security(("bearer" = ["tasks:read"])),
-    params(("execution_id" = crate::model::ExecutionId, Path), StreamQuery),
+    params(
+        ("execution_id" = crate::model::ExecutionId, Path),
+        StreamQuery,
+        ("Last-Event-ID" = Option<u64>, Header, description = "The `seq` of the last event that was received; `after` goes before it"),
+    ),
     responses(
         (status = 101, description = "A WebSocket: one event a text frame"),
-        (status = 200, description = "Server-sent events: `id` is the seq, `event` the type", content_type = "text/event-stream", body = String),
+        (status = 200, description = "Server-sent events: `id` is the seq, `event` the type", content_type = "text/event-stream", body = ServerSentEvent),
     ),
 )]
 async fn stream(
@@ -81,13 +100,13 @@ async fn stream(
     let (Some(upgrade), None) = (upgrade, &caller) else {
         let last_event_id =
             parts.headers.get("last-event-id").map(|value| {
-                value.to_str().ok().and_then(|value| value.trim().parse().ok()).ok_or_else(|| {
+                value.to_str().ok().and_then(|value| Seq::parse(value.trim())).ok_or_else(|| {
                     Problem::invalid_field("Last-Event-ID", "must be the id of an event: a whole number")
                 })
             });
         let after = match (query.after, last_event_id) {
-            (Some(after), _) => after,
-            (None, Some(after)) => after?,
+            (Some(after), _) => after.0,
+            (None, Some(after)) => after?.0,
             (None, None) => 0,
         };
         let view = find(&api.tasks, id).await?;
@@ -102,7 +121,7 @@ async fn stream(
     Ok(upgrade.on_upgrade(move |socket| async move {
         let _slot = slot;
         let mut socket = Socket { socket };
-        let (code, reason) = match socket.serve(&api, &admission, id, query.after.unwrap_or(0)).await {
+        let (code, reason) = match socket.serve(&api, &admission, id, query.after.map_or(0, |after| after.0)).await {
             Ok((code, reason)) => (code, reason),
             // The connection is gone: nobody to tell.
             Err(Broken) => return,

@@ -2,6 +2,7 @@
 
 use crate::api::auth::{Auth, Caller};
 use crate::api::documents::{Accepted, EventsDocument, ExecutionDocument, HistoryDocument, StatusDocument};
+use crate::api::extract::Seq;
 use crate::api::extract::prefer_wait;
 use crate::api::problem::{Code, Problem};
 use crate::api::{ApiJson, ApiQuery, OptionalApiJson};
@@ -89,7 +90,7 @@ pub(crate) async fn find(api: &TasksApi, id: ExecutionId) -> Result<View, Proble
     post, path = "/tasks/execute", tag = "tasks", security(("bearer" = ["tasks:execute"])),
     request_body = TaskRequest,
     params(
-        ("Idempotency-Key" = Option<String>, Header, description = "The caller's own name of this submission: 1 to 255 visible ASCII characters"),
+        ("Idempotency-Key" = Option<String>, Header, pattern = "^[!-~]{1,255}$", description = "The caller's own name of this submission: 1 to 255 visible ASCII characters"),
         ("Prefer" = Option<String>, Header, description = "`wait=N`: wait at most N seconds for the end (RFC 7240)"),
     ),
     responses(
@@ -314,13 +315,16 @@ async fn status(State(api): State<TasksApi>, Path(id): Path<String>) -> Result<J
 #[into_params(parameter_in = Query)]
 struct EventsParams {
     /// Only events after this one.
-    after: Option<u64>,
+    #[param(value_type = Option<u64>)]
+    after: Option<Seq>,
     /// 1 to 1000.
     #[param(minimum = 1, maximum = 1000, default = 100)]
     limit: Option<u32>,
     /// Only these types, separated by commas.
+    #[param(min_length = 1)]
     r#type: Option<String>,
     /// Only these severities, separated by commas.
+    #[param(min_length = 1)]
     severity: Option<String>,
 }
 
@@ -343,7 +347,7 @@ async fn events(
 ) -> Result<Json<EventsDocument>, Problem> {
     let id = parse_id(&id)?;
     let query = ReadQuery {
-        after: params.after.unwrap_or(0),
+        after: params.after.map_or(0, |after| after.0),
         limit: limit_of(params.limit, 100, 1000)?,
         types: words("type", params.r#type.as_deref(), EventType::parse)?,
         severities: words("severity", params.severity.as_deref(), Severity::parse)?,

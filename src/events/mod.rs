@@ -337,7 +337,8 @@ impl Events {
 fn page_of_stored(events: Vec<Event>, last_seq: u64, upto: Option<u64>, after: u64, limit: u32) -> Page {
     let full = events.len() >= limit as usize;
     let last_read = events.last().map_or(after, |event| event.seq);
-    let last_seq = last_seq.max(last_read);
+    // A reader may ask for what is beyond the end: that makes the log no longer.
+    let last_seq = events.last().map_or(last_seq, |event| last_seq.max(event.seq));
     let whole = upto.map_or(last_seq, |upto| upto.max(last_read));
     let next_after = if full { last_read } else { whole.max(after) };
     Page { events, next_after, last_seq }
@@ -399,5 +400,18 @@ impl Shared {
 
     fn lock_live(&self) -> std::sync::MutexGuard<'_, HashMap<ExecutionId, Arc<Live>>> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_asks_for_what_is_beyond_the_end_makes_the_log_no_longer() {
+        for upto in [None, Some(7)] {
+            let page = page_of_stored(Vec::new(), 7, upto, 1_000, 10);
+            assert_eq!((page.last_seq, page.next_after), (7, 1_000));
+        }
     }
 }

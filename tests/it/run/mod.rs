@@ -19,6 +19,7 @@ mod redaction;
 mod retention;
 mod rotation;
 mod sandboxed;
+mod schema;
 mod secrets;
 mod soak;
 mod streams;
