@@ -8,6 +8,7 @@
 //! It does not know executions, OpenCode's own interface, or what is in a shell tap's frames. It logs no key, no
 //! prompt and no answer. No proxy is taken from the environment: calls go where the grant says and nowhere else.
 
+pub mod destination;
 mod dialect;
 mod error;
 mod forward;
