@@ -8,6 +8,7 @@ mod reference;
 
 pub use reference::{Variable, not_yet, reference};
 
+use crate::model::destination::Destinations;
 use crate::model::task::{LEAST_CPU_MILLIS, LEAST_DISK, LEAST_MEMORY, LEAST_PIDS, Limits, Provider};
 use crate::secrets::{Keyring, SealingKey, Sources, TokenKeys, TokenSource};
 use crate::telemetry::LogFormat;
@@ -84,6 +85,8 @@ pub struct Config {
     pub sandbox: SandboxMode,
     /// What has to be in force with `SANDBOX=required`, by name.
     pub sandbox_require: Vec<String>,
+    /// What sessions may reach beside their model: `EGRESS_ALLOW`.
+    pub egress_allow: Destinations,
     pub opencode_command: Option<PathBuf>,
     pub default_model: Option<DefaultModel>,
     /// Opens keys that come encrypted; `None`: such are refused.
@@ -190,6 +193,7 @@ impl Config {
                 ],
             ),
             sandbox_require: r.words("SANDBOX_REQUIRE", PROTECTIONS),
+            egress_allow: r.destinations("EGRESS_ALLOW"),
             opencode_command: r.path("OPENCODE_COMMAND"),
             default_model: default_model(&mut r),
             keyring: keyring(&mut r),

@@ -163,6 +163,51 @@ impl AuthRefusal {
     }
 }
 
+/// What became of an attempt of a session's to reach another host than its model's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EgressOutcome {
+    /// A tunnel was opened.
+    Opened,
+    /// It may not.
+    Refused,
+    /// It may, but the host was not reached.
+    Failed,
+}
+
+impl EgressOutcome {
+    const ALL: [Self; 3] = [Self::Opened, Self::Refused, Self::Failed];
+
+    /// The word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Opened => "opened",
+            Self::Refused => "refused",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// Which way bytes went through a tunnel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EgressDirection {
+    /// From the session.
+    Sent,
+    /// To it.
+    Received,
+}
+
+impl EgressDirection {
+    const ALL: [Self; 2] = [Self::Sent, Self::Received];
+
+    /// The word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Sent => "sent",
+            Self::Received => "received",
+        }
+    }
+}
+
 /// The sidecar's metrics. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Metrics(Arc<Inner>);
@@ -181,6 +226,8 @@ struct Inner {
     queue_wait: HistogramVec,
     events: IntCounterVec,
     model_calls: IntCounterVec,
+    egress: IntCounterVec,
+    egress_bytes: IntCounterVec,
     callbacks: IntCounterVec,
     callbacks_waiting: IntGauge,
     retention: IntCounterVec,
@@ -258,6 +305,8 @@ impl Metrics {
             )?,
             events: make.counters("events_total", "Events appended to logs.", &["type"])?,
             model_calls: make.counters("model_calls_total", "Calls of models through the broker.", &["outcome"])?,
+            egress: make.counters("egress_total", "Attempts of sessions to reach other hosts.", &["outcome"])?,
+            egress_bytes: make.counters("egress_bytes_total", "Bytes of sessions to and from them.", &["direction"])?,
             callbacks: make.counters("callbacks_total", "Calls that tell the backend a status.", &["outcome"])?,
             callbacks_waiting: make.gauge(
                 &format!("{PREFIX}callbacks_waiting"),
@@ -281,6 +330,12 @@ impl Metrics {
         }
         for outcome in ModelCallOutcome::ALL {
             inner.model_calls.with_label_values(&[outcome.as_str()]);
+        }
+        for outcome in EgressOutcome::ALL {
+            inner.egress.with_label_values(&[outcome.as_str()]);
+        }
+        for direction in EgressDirection::ALL {
+            inner.egress_bytes.with_label_values(&[direction.as_str()]);
         }
         for outcome in CallbackOutcome::ALL {
             inner.callbacks.with_label_values(&[outcome.as_str()]);
@@ -351,6 +406,16 @@ impl Metrics {
         self.0.model_calls.with_label_values(&[outcome.as_str()]).inc();
     }
 
+    /// A session tried to reach another host than its model's.
+    pub fn egress(&self, outcome: EgressOutcome) {
+        self.0.egress.with_label_values(&[outcome.as_str()]).inc();
+    }
+
+    /// So many bytes passed through a tunnel.
+    pub fn egress_bytes(&self, direction: EgressDirection, bytes: usize) {
+        self.0.egress_bytes.with_label_values(&[direction.as_str()]).inc_by(u64::try_from(bytes).unwrap_or(0));
+    }
+
     /// A call that tells the backend a change of status ended.
     pub fn callback(&self, outcome: CallbackOutcome) {
         self.0.callbacks.with_label_values(&[outcome.as_str()]).inc();
@@ -411,6 +476,8 @@ mod tests {
             "opencode_sidecar_queue_wait_seconds_count 0",
             "opencode_sidecar_events_total{type=\"stdout\"} 0",
             "opencode_sidecar_model_calls_total{outcome=\"ok\"} 0",
+            "opencode_sidecar_egress_total{outcome=\"opened\"} 0",
+            "opencode_sidecar_egress_bytes_total{direction=\"sent\"} 0",
             "opencode_sidecar_callbacks_total{outcome=\"failed\"} 0",
             "opencode_sidecar_callbacks_waiting 0",
             "opencode_sidecar_retention_removed_total{kind=\"session\"} 0",
@@ -427,6 +494,8 @@ mod tests {
         metrics.queue_waited(Duration::from_millis(1));
         metrics.event(EventType::Stdout);
         metrics.model_call(ModelCallOutcome::Refused);
+        metrics.egress(EgressOutcome::Refused);
+        metrics.egress_bytes(EgressDirection::Received, 7);
         metrics.callback(CallbackOutcome::Delivered);
         metrics.set_callbacks_waiting(4);
         metrics.retention_removed(1, 2, 3, 4);
@@ -446,6 +515,8 @@ mod tests {
             "opencode_sidecar_queue_wait_seconds_count 1",
             "opencode_sidecar_events_total{type=\"stdout\"} 1",
             "opencode_sidecar_model_calls_total{outcome=\"refused\"} 1",
+            "opencode_sidecar_egress_total{outcome=\"refused\"} 1",
+            "opencode_sidecar_egress_bytes_total{direction=\"received\"} 7",
             "opencode_sidecar_callbacks_total{outcome=\"delivered\"} 1",
             "opencode_sidecar_callbacks_waiting 4",
             "opencode_sidecar_retention_removed_total{kind=\"execution\"} 2",

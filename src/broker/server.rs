@@ -3,7 +3,7 @@
 use super::error::body;
 use super::observe::Api;
 use super::session::{Session, ShellCall};
-use super::{Inner, forward};
+use super::{Inner, egress, forward};
 use crate::tasks::Tasks;
 use axum::body::Body;
 use http_body_util::BodyExt;
@@ -74,19 +74,28 @@ async fn connection(stream: TcpStream, inner: Arc<Inner>, end: CancellationToken
     let _ = stream.set_nodelay(true);
     let claim = Claim::default();
     let claimed = claim.subscribe();
+    let place = egress::Place::default();
+    let granted = place.clone();
     let service = service_fn(move |request| {
-        let (inner, claim) = (Arc::clone(&inner), claim.clone());
-        async move { Ok::<_, Infallible>(handle(inner, &claim, request).await) }
+        let (inner, claim, place) = (Arc::clone(&inner), claim.clone(), place.clone());
+        async move { Ok::<_, Infallible>(handle(inner, &claim, &place, request).await) }
     });
     let served = hyper::server::conn::http1::Builder::new()
         .max_buf_size(READ_BUFFER)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
     tokio::select! {
         // Clients that go away and answers that are cut end in an error here; their calls have said so already.
         _ = served => {}
         () = closed(claimed.clone()) => {}
         () = unclaimed(claimed) => {}
         () = end.cancelled() => {}
+    }
+    if let Some(tunnel) = granted.take() {
+        tokio::select! {
+            () = tunnel.run() => {}
+            () = end.cancelled() => {}
+        }
     }
 }
 
@@ -135,16 +144,33 @@ fn token(headers: &HeaderMap) -> Option<&str> {
     bearer.or_else(|| headers.get("x-api-key").and_then(|value| value.to_str().ok()))
 }
 
-fn session(inner: &Inner, headers: &HeaderMap) -> Option<Arc<Session>> {
-    let token = token(headers)?;
-    // Every session is looked at, so that the time says nothing of which one it was.
-    inner.sessions.borrow().values().fold(None, |found, session| {
-        let matches = session.has_token(token);
-        if matches { Some(Arc::clone(session)) } else { found }
-    })
+impl Inner {
+    /// The session that fits. Every one is looked at, so that the time says nothing of which one it was.
+    pub(super) fn session_with(&self, fits: impl Fn(&Session) -> bool) -> Option<Arc<Session>> {
+        self.sessions.borrow().values().fold(None, |found, session| {
+            let matches = fits(session);
+            if matches { Some(Arc::clone(session)) } else { found }
+        })
+    }
 }
 
-async fn handle(inner: Arc<Inner>, claim: &Claim, request: Request<Incoming>) -> Response<Body> {
+fn session(inner: &Inner, headers: &HeaderMap) -> Option<Arc<Session>> {
+    let token = token(headers)?;
+    inner.session_with(|session| session.has_token(token))
+}
+
+async fn handle(
+    inner: Arc<Inner>,
+    claim: &Claim,
+    place: &egress::Place,
+    request: Request<Incoming>,
+) -> Response<Body> {
+    if egress::is_meant(&request, inner.address) {
+        let Some(session) = egress::session(&inner, request.headers()) else { return egress::unauthenticated() };
+        claim.send_replace(Some(session.closed.clone()));
+        session.touch();
+        return egress::answer(&inner, &session, place, request).await;
+    }
     let Some(session) = session(&inner, request.headers()) else {
         return refuse(StatusCode::UNAUTHORIZED, "unauthorized", "unauthorized", "unauthorized");
     };

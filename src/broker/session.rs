@@ -1,9 +1,13 @@
 //! What the broker knows of one session: its grant, its counters, and the lease that keeps it open.
 
+use super::egress::Way;
 use super::error::{ModelError, Said};
 use super::observe::Observer;
 use super::{Budget, Grant, Sessions, Upstream};
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::Bytes;
+use rand::RngCore;
 use secrecy::{ExposeSecret, SecretString};
 use sha2::{Digest, Sha256};
 use std::net::SocketAddr;
@@ -137,14 +141,22 @@ pub(super) struct Session {
     facts: watch::Sender<Facts>,
     pub(super) closed: CancellationToken,
     pub(super) slots: Arc<Semaphore>,
+    pub(super) way: Way,
 }
 
-fn digest(token: &str) -> [u8; 32] {
+/// A new one, of 256 bits.
+pub(super) fn token() -> SecretString {
+    let mut bytes = [0; 32];
+    rand::rng().fill_bytes(&mut bytes);
+    SecretString::from(URL_SAFE_NO_PAD.encode(bytes))
+}
+
+pub(super) fn digest(token: &str) -> [u8; 32] {
     Sha256::digest(token.as_bytes()).into()
 }
 
 impl Session {
-    pub(super) fn new(grant: Grant, token: &SecretString, max_failures: u32) -> Self {
+    pub(super) fn new(grant: Grant, token: &SecretString, way: Way, max_failures: u32) -> Self {
         Self {
             token: digest(token.expose_secret()),
             upstream: grant.upstream,
@@ -159,6 +171,7 @@ impl Session {
             facts: watch::Sender::new(Facts::new(0)),
             closed: CancellationToken::new(),
             slots: Arc::new(Semaphore::new(MAX_IN_FLIGHT)),
+            way,
         }
     }
 
@@ -422,6 +435,14 @@ impl Lease {
         format!("http://{}/shell", self.address)
     }
 
+    pub(super) fn session(&self) -> &Session {
+        &self.session
+    }
+
+    pub(super) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     /// The session's counters, to read or to wait on.
     pub fn facts(&self) -> watch::Receiver<Facts> {
         self.session.facts.subscribe()
@@ -432,6 +453,7 @@ impl Lease {
         let mut control = self.session.control();
         control.limits = limits;
         control.epoch += 1;
+        self.session.way.reset();
         self.session.facts.send_modify(|facts| *facts = Facts::new(facts.in_flight));
     }
 

@@ -2,6 +2,7 @@
 
 use super::reference::{self, REFERENCE};
 use super::{ConfigError, ConfigErrors, VISIBLE_ASCII, is_visible_ascii};
+use crate::model::destination::{Destinations, Ports};
 use crate::secrets::Source;
 use secrecy::SecretString;
 use std::ffi::OsString;
@@ -154,6 +155,19 @@ impl<'a> Reader<'a> {
             let words: Vec<String> = text.split(',').map(|word| word.trim().to_owned()).collect();
             words.iter().all(|word| known.contains(&word.as_str())).then_some(words)
         })
+    }
+
+    /// Hosts with their ports. Each bad one is told by its place.
+    pub(super) fn destinations(&mut self, name: &'static str) -> Destinations {
+        let Some(list) = self.raw(name) else { return Destinations::default() };
+        let list = list.to_string_lossy();
+        let faults = Destinations::faults(&list, Ports::Required);
+        if !faults.is_empty() {
+            let faults: Vec<_> = faults.iter().map(ToString::to_string).collect();
+            let expected = "expected host:port or *.suffix:port, separated by commas";
+            self.fail(&[name], format!("{expected}; {}", faults.join("; ")));
+        }
+        Destinations::parse(&list, Ports::Required).unwrap_or_default()
     }
 
     pub(super) fn word<T: Copy>(&mut self, name: &'static str, words: &[(&str, T)]) -> T {

@@ -61,6 +61,7 @@ pub(super) const REFERENCE: &[Variable] = &[
     var("SESSION_UID_RANGE", "61000-63999", "Users that sessions run as, one each, where the sidecar is root and may choose; nobody else's"),
     var("SANDBOX", "required", "required, best-effort or off"),
     var("SANDBOX_REQUIRE", "landlock_fs,egress,scope,seccomp,no_new_privs", "What has to be in force with SANDBOX=required, or no session starts"),
+    var("EGRESS_ALLOW", "", "What sessions may reach beside their model, by https through the sidecar: host:port and *.suffix:port, separated by commas"),
     var("OPENCODE_COMMAND", "", "The OpenCode binary; without it `opencode` on PATH, else the pinned one below the working directory"),
     var("OPENCODE_PROVIDER", "", "Default model: openai, anthropic, local or custom"),
     var("OPENCODE_MODEL", "", "Default model: its name at the provider"),
@@ -83,7 +84,6 @@ pub(super) const REFERENCE: &[Variable] = &[
 /// Variables of the contract that this version cannot honour.
 const NOT_YET: &[&str] = &[
     "MAX_TASK_FILE_SIZE",
-    "EGRESS_ALLOW",
     "MODEL_ENDPOINT_ALLOW",
     "OPENCODE_PLUGIN_DIR",
     "OTEL_EXPORTER_OTLP_ENDPOINT",

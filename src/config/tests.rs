@@ -152,6 +152,11 @@ fn each_variable_is_read_and_checked() {
         ("SESSION_PIDS", "64", &["63", "x"]),
         ("SESSION_CPU_MILLIS", "1500", &["9", "x"]),
         ("SESSION_DISK_BYTES", "1 GiB", &["1", "x"]),
+        (
+            "EGRESS_ALLOW",
+            "registry.npmjs.org:443, *.example.com:443,10.0.0.1:8443,[::1]:80",
+            &["a.example", "https://a.example:443", "a.example:0", "*:443", "*.10.0.0.1:443", "a.example:443,", "a b:1"],
+        ),
         ("SANDBOX_REQUIRE", "cgroup, uid", &["landlock", "cgroup,"]),
     ];
     for (name, good, bads) in cases {
@@ -269,6 +274,18 @@ fn ports_must_not_collide_or_run_out() {
 }
 
 #[test]
+fn every_bad_host_is_told_by_its_place() {
+    let errors = read(&[("EGRESS_ALLOW", "a.example:443,hidden,*.b.example:443,hidden:0")]).unwrap_err();
+    assert_eq!(
+        errors.to_string(),
+        "the environment is not valid\n  EGRESS_ALLOW: expected host:port or *.suffix:port, separated by commas; \
+         entry 2 has no port; entry 4 has no port from 1 to 65535 after its colon"
+    );
+    let read = read(&[("EGRESS_ALLOW", "A.example:443,*.b.example:443")]).unwrap();
+    assert_eq!(read.egress_allow.to_string(), "a.example:443, *.b.example:443");
+}
+
+#[test]
 fn what_cannot_be_honoured_is_refused() {
     for name in not_yet() {
         let errors = read(&[(name, "hidden-value")]).unwrap_err();
@@ -306,12 +323,12 @@ fn all_errors_come_at_once_in_order_and_show_no_value() {
             "OPENCODE_SHARED_SECRET",
             "JWT_SECRET",
             "SANDBOX",
+            "EGRESS_ALLOW",
             "OPENCODE_PROVIDER",
             "OPENCODE_MODEL",
             "OPENCODE_API_KEY",
             "ENCRYPTION_KEY",
-            "SESSION_OUTPUT_BYTES",
-            "EGRESS_ALLOW"
+            "SESSION_OUTPUT_BYTES"
         ]
     );
     assert!(!format!("{errors} {errors:?}").contains("hidden"), "{errors}");

@@ -106,11 +106,22 @@ impl Destinations {
     /// # Errors
     /// The first entry that is none of these.
     pub fn parse(list: &str, ports: Ports) -> Result<Self, BadEntry> {
-        let entries = list
-            .split(',')
-            .enumerate()
-            .map(|(at, text)| entry(text.trim(), ports).map_err(|problem| BadEntry { entry: at + 1, problem }));
-        entries.collect::<Result<_, _>>().map(Self)
+        entries(list, ports).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// Every entry that [`Destinations::parse`] would refuse, in order.
+    pub fn faults(list: &str, ports: Ports) -> Vec<BadEntry> {
+        entries(list, ports).filter_map(Result::err).collect()
+    }
+
+    /// How many entries there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether nothing may be reached.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// Adds one host and port.
@@ -135,6 +146,23 @@ impl Destinations {
     }
 }
 
+/// As an operator would write it, in normal form.
+impl fmt::Display for Destinations {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (at, entry) in self.0.iter().enumerate() {
+            f.write_str(if at == 0 { "" } else { ", " })?;
+            match &entry.pattern {
+                Pattern::Exactly(host) => write!(f, "{host}")?,
+                Pattern::Below(suffix) => write!(f, "*{suffix}")?,
+            }
+            if let Some(port) = entry.port {
+                write!(f, ":{port}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Pattern {
     fn fits(&self, host: &Host) -> bool {
         match (self, host) {
@@ -143,6 +171,13 @@ impl Pattern {
             (Self::Below(_), Host::Ipv4(_) | Host::Ipv6(_)) => false,
         }
     }
+}
+
+fn entries(list: &str, ports: Ports) -> impl Iterator<Item = Result<Entry, BadEntry>> {
+    let read = move |(at, text): (usize, &str)| {
+        entry(text.trim(), ports).map_err(|problem| BadEntry { entry: at + 1, problem })
+    };
+    list.split(',').enumerate().map(read)
 }
 
 fn entry(text: &str, ports: Ports) -> Result<Entry, &'static str> {
@@ -422,6 +457,10 @@ mod tests {
             let words: Vec<_> = problem.split(' ').collect();
             assert!(bad.entry == entry && words.iter().all(|word| bad.problem.contains(word)), "{list}: {bad}");
         }
+        let all = Destinations::faults("a:1,b,*.c:443,d:0", Ports::Required);
+        assert_eq!(all.iter().map(|bad| bad.entry).collect::<Vec<_>>(), [2, 4]);
+        let shown = Destinations::parse("A.example:1 ,*.B.example:443,[0::1]:80", Ports::Required).unwrap();
+        assert_eq!((shown.to_string().as_str(), shown.len()), ("a.example:1, *.b.example:443, [::1]:80", 3));
         for bad in ["a", "a:b", "::1:80", "", "a:80:", "a.example:80/x", "a%00:80"] {
             assert_eq!(Target::parse(bad), None, "{bad}");
         }
