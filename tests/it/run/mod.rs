@@ -4,6 +4,7 @@ mod bad_input;
 mod clock;
 mod database_faults;
 mod disk_faults;
+mod egress;
 mod ending;
 mod failpoints;
 mod faults;
