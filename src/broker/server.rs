@@ -159,12 +159,7 @@ fn session(inner: &Inner, headers: &HeaderMap) -> Option<Arc<Session>> {
     inner.session_with(|session| session.has_token(token))
 }
 
-async fn handle(
-    inner: Arc<Inner>,
-    claim: &Claim,
-    place: &egress::Place,
-    request: Request<Incoming>,
-) -> Response<Body> {
+async fn handle(inner: Arc<Inner>, claim: &Claim, place: &egress::Place, request: Request<Incoming>) -> Response<Body> {
     if egress::is_meant(&request, inner.address) {
         let Some(session) = egress::session(&inner, request.headers()) else { return egress::unauthenticated() };
         claim.send_replace(Some(session.closed.clone()));

@@ -155,7 +155,15 @@ fn each_variable_is_read_and_checked() {
         (
             "EGRESS_ALLOW",
             "registry.npmjs.org:443, *.example.com:443,10.0.0.1:8443,[::1]:80",
-            &["a.example", "https://a.example:443", "a.example:0", "*:443", "*.10.0.0.1:443", "a.example:443,", "a b:1"],
+            &[
+                "a.example",
+                "https://a.example:443",
+                "a.example:0",
+                "*:443",
+                "*.10.0.0.1:443",
+                "a.example:443,",
+                "a b:1",
+            ],
         ),
         ("SANDBOX_REQUIRE", "cgroup, uid", &["landlock", "cgroup,"]),
     ];

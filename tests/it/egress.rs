@@ -145,8 +145,7 @@ async fn bytes_pass_both_ways_from_the_first_to_the_last() {
     let (listener, address) = site().await;
     let world = World::with(allow(&address)).await;
     // What comes right behind the request is for the server, and not a second request.
-    let (mut inside, head) =
-        world.send(&format!("{}GET /model/v1/x HTTP/1.1\r\n\r\n", world.request(&address))).await;
+    let (mut inside, head) = world.send(&format!("{}GET /model/v1/x HTTP/1.1\r\n\r\n", world.request(&address))).await;
     assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
     assert!(!head.to_lowercase().contains("content-length") && !head.to_lowercase().contains("transfer-encoding"));
     let mut outside = accepted(&listener).await;
@@ -305,8 +304,9 @@ async fn a_request_that_is_not_just_a_connect_is_refused() {
         ("CONNECT * HTTP/1.1".to_owned(), ""),
         (format!("CONNECT {address} HTTP/3.0"), ""),
     ] {
-        let (stream, head) =
-            world.send(&format!("{line}\r\nHost: x\r\n{credential}{headers}\r\nhello{}", world.request(&address))).await;
+        let (stream, head) = world
+            .send(&format!("{line}\r\nHost: x\r\n{credential}{headers}\r\nhello{}", world.request(&address)))
+            .await;
         assert_eq!(status(&head), 400, "{line} {headers}");
         let said = rest(stream).await;
         assert!(!said.contains("HTTP/1.1"), "a second request was answered: {said}");
@@ -326,7 +326,10 @@ async fn plain_http_is_refused_in_words_and_told() {
     let (listener, address) = site().await;
     let world = World::with(allow(&address)).await;
     let credential = world.credential();
-    for (line, body) in [(format!("GET http://{address}/x?y HTTP/1.1"), ""), (format!("POST http://{address}/ HTTP/1.1"), "Content-Length: 5\r\n")] {
+    for (line, body) in [
+        (format!("GET http://{address}/x?y HTTP/1.1"), ""),
+        (format!("POST http://{address}/ HTTP/1.1"), "Content-Length: 5\r\n"),
+    ] {
         let request = format!("{line}\r\nHost: {address}\r\nProxy-Authorization: {credential}\r\n{body}\r\n");
         let (stream, head) = world.send(&request).await;
         assert_eq!(status(&head), 403);
@@ -361,10 +364,10 @@ async fn a_name_is_looked_up_once_and_what_was_judged_is_dialled() {
     assert_eq!(status(&head), 200);
     let _outside = accepted(&listener).await;
     assert_eq!(asked.load(Ordering::Relaxed), 1);
-    assert_eq!(world.refused(&format!("localhost:{port}")).await, (
-        502,
-        format!("opencode-sidecar: localhost:{port} cannot be reached: connection refused\n")
-    ));
+    assert_eq!(
+        world.refused(&format!("localhost:{port}")).await,
+        (502, format!("opencode-sidecar: localhost:{port} cannot be reached: connection refused\n"))
+    );
     assert_eq!(asked.load(Ordering::Relaxed), 2);
     assert_eq!(world.refused(&address).await.0, 403, "an address that a name has is not named by that");
     assert!(world.metric("egress_total{outcome=\"failed\"} 1"));
@@ -385,7 +388,8 @@ async fn a_name_that_leads_inside_gains_nothing() {
         };
         async move { Ok(inside.into_iter().map(|text| text.parse().unwrap()).collect()) }.boxed()
     });
-    let world = World::with(EgressConfig { names, ..allow(&format!("*.evil.example:{port},full.example:{port}")) }).await;
+    let world =
+        World::with(EgressConfig { names, ..allow(&format!("*.evil.example:{port},full.example:{port}")) }).await;
     for name in ["here.evil.example", "net.evil.example", "cloud.evil.example", "full.example"] {
         let (status, said) = world.refused(&format!("{name}:{port}")).await;
         assert_eq!(status, 403, "{name}");
@@ -422,7 +426,12 @@ async fn a_session_has_so_many_connections_and_another_one_its_own() {
     let _outside = (accepted(&listener).await, world.connect(&address).await, accepted(&listener).await);
     assert_eq!(world.refused(&address).await.0, 503);
     assert_eq!(soon(world.lease.refused()).await[0].why, Why::TooMany);
-    let neighbour = World { lease: world.broker.open(grant()), broker: world.broker.clone(), tasks: world.tasks.clone(), metrics: world.metrics.clone() };
+    let neighbour = World {
+        lease: world.broker.open(grant()),
+        broker: world.broker.clone(),
+        tasks: world.tasks.clone(),
+        metrics: world.metrics.clone(),
+    };
     assert_eq!(status(&neighbour.connect(&address).await.1), 200);
     let _theirs = accepted(&listener).await;
     drop(neighbour);

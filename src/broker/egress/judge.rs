@@ -101,7 +101,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_name_that_is_not_allowed_is_not_looked_up() {
-        let nobody = EgressConfig { names: Names::new(|name| panic!("asked for {name}")), ..config("a.example:1", &[]) };
+        let nobody =
+            EgressConfig { names: Names::new(|name| panic!("asked for {name}")), ..config("a.example:1", &[]) };
         for target in ["b.example:1", "a.example:2", "x.a.example:1", "10.0.0.1:1", "[::1]:1"] {
             assert_eq!(judged(&nobody, target).await, Err(Unfit::Refused(Why::NotAllowed)), "{target}");
         }

@@ -161,7 +161,8 @@ pub(super) fn is_meant<B>(request: &Request<B>, own: SocketAddr) -> bool {
 pub(super) fn session(inner: &Inner, headers: &HeaderMap) -> Option<Arc<Session>> {
     let shown = headers.get(header::PROXY_AUTHORIZATION)?.to_str().ok()?;
     let (scheme, encoded) = shown.split_once(' ')?;
-    let decoded = if scheme.eq_ignore_ascii_case("basic") { STANDARD.decode(encoded.trim()).ok()? } else { return None };
+    let decoded =
+        if scheme.eq_ignore_ascii_case("basic") { STANDARD.decode(encoded.trim()).ok()? } else { return None };
     let (_, token) = std::str::from_utf8(&decoded).ok()?.split_once(':')?;
     inner.session_with(|session| session.way.has_token(token))
 }

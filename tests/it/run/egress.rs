@@ -208,7 +208,10 @@ fn packages(outside: &Outside, work: &Path) -> String {
     make("wheel/greeting.py", "HELLO = 'hello from pip'\n");
     make("wheel/greeting-1.0.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: greeting\nVersion: 1.0.0\n");
     make("wheel/greeting-1.0.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n");
-    make("wheel/greeting-1.0.0.dist-info/RECORD", "greeting.py,,\ngreeting-1.0.0.dist-info/METADATA,,\ngreeting-1.0.0.dist-info/WHEEL,,\ngreeting-1.0.0.dist-info/RECORD,,\n");
+    make(
+        "wheel/greeting-1.0.0.dist-info/RECORD",
+        "greeting.py,,\ngreeting-1.0.0.dist-info/METADATA,,\ngreeting-1.0.0.dist-info/WHEEL,,\ngreeting-1.0.0.dist-info/RECORD,,\n",
+    );
     let wheel = "greeting-1.0.0-py3-none-any.whl";
     outside.file("simple/greeting/index.html", format!("<!DOCTYPE html><a href=\"/files/{wheel}\">{wheel}</a>"));
 
@@ -299,7 +302,8 @@ async fn npm_pip_cargo_and_git_work_through_it() {
     assert!(packed.exit.success(), "{}", String::from_utf8_lossy(&packed.stderr));
     let checksum = fs::read(outside.files.path().join("files/greeting-1.0.0.crate")).unwrap();
     let checksum: String = Sha256::digest(checksum).iter().map(|byte| format!("{byte:02x}")).collect();
-    let line = json!({ "name": "greeting", "vers": "1.0.0", "deps": [], "cksum": checksum, "features": {}, "yanked": false });
+    let line =
+        json!({ "name": "greeting", "vers": "1.0.0", "deps": [], "cksum": checksum, "features": {}, "yanked": false });
     outside.file("index/gr/ee/greeting", line.to_string());
 
     let rust = toolchain(outside.tools.path());
