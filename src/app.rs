@@ -285,11 +285,14 @@ impl App {
         database.store = database.store.as_owner(state.instance);
         let broker = Broker::start(
             &tasks,
+            metrics.clone(),
             BrokerConfig {
                 header_timeout: config.model_header_timeout,
                 idle_timeout: config.model_idle_timeout,
                 max_failures: config.model_max_failures,
                 longest_wait: config.stall_timeout,
+                calls_per_minute: config.model_calls_per_minute,
+                destinations: config.model_endpoints(),
                 ..BrokerConfig::default()
             },
         )
@@ -361,6 +364,7 @@ impl App {
                     max_prompt_length: config.max_prompt_length,
                     limits: config.limits,
                     default_model,
+                    endpoints: config.model_endpoints(),
                     keyring: config.keyring.clone(),
                     unheld: protections.unheld.clone(),
                     unheld_cpu: protections.unheld_cpu.clone(),

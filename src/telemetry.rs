@@ -163,6 +163,36 @@ impl AuthRefusal {
     }
 }
 
+/// Why the broker did not do what a session's process asked for, as the metrics count it. What is over a limit is a
+/// [`ModelCallOutcome::OverLimit`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BrokerRefusal {
+    /// No session has its token.
+    Token,
+    /// It is none of the provider's paths, or not their method.
+    Path,
+    /// Its body is too long, or no call of a model.
+    Body,
+    /// It names another model than the execution's.
+    Model,
+    /// The model's host may not be called, or has no address that may.
+    Endpoint,
+}
+
+impl BrokerRefusal {
+    const ALL: [Self; 5] = [Self::Token, Self::Path, Self::Body, Self::Model, Self::Endpoint];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Token => "token",
+            Self::Path => "path",
+            Self::Body => "body",
+            Self::Model => "model",
+            Self::Endpoint => "endpoint",
+        }
+    }
+}
+
 /// The sidecar's metrics. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Metrics(Arc<Inner>);
@@ -181,6 +211,7 @@ struct Inner {
     queue_wait: HistogramVec,
     events: IntCounterVec,
     model_calls: IntCounterVec,
+    broker_refused: IntCounterVec,
     callbacks: IntCounterVec,
     callbacks_waiting: IntGauge,
     retention: IntCounterVec,
@@ -258,6 +289,11 @@ impl Metrics {
             )?,
             events: make.counters("events_total", "Events appended to logs.", &["type"])?,
             model_calls: make.counters("model_calls_total", "Calls of models through the broker.", &["outcome"])?,
+            broker_refused: make.counters(
+                "broker_refused_total",
+                "Calls of sessions that the broker refused.",
+                &["why"],
+            )?,
             callbacks: make.counters("callbacks_total", "Calls that tell the backend a status.", &["outcome"])?,
             callbacks_waiting: make.gauge(
                 &format!("{PREFIX}callbacks_waiting"),
@@ -281,6 +317,9 @@ impl Metrics {
         }
         for outcome in ModelCallOutcome::ALL {
             inner.model_calls.with_label_values(&[outcome.as_str()]);
+        }
+        for why in BrokerRefusal::ALL {
+            inner.broker_refused.with_label_values(&[why.as_str()]);
         }
         for outcome in CallbackOutcome::ALL {
             inner.callbacks.with_label_values(&[outcome.as_str()]);
@@ -351,6 +390,11 @@ impl Metrics {
         self.0.model_calls.with_label_values(&[outcome.as_str()]).inc();
     }
 
+    /// The broker refused what a session's process asked for.
+    pub fn broker_refused(&self, why: BrokerRefusal) {
+        self.0.broker_refused.with_label_values(&[why.as_str()]).inc();
+    }
+
     /// A call that tells the backend a change of status ended.
     pub fn callback(&self, outcome: CallbackOutcome) {
         self.0.callbacks.with_label_values(&[outcome.as_str()]).inc();
@@ -411,6 +455,7 @@ mod tests {
             "opencode_sidecar_queue_wait_seconds_count 0",
             "opencode_sidecar_events_total{type=\"stdout\"} 0",
             "opencode_sidecar_model_calls_total{outcome=\"ok\"} 0",
+            "opencode_sidecar_broker_refused_total{why=\"endpoint\"} 0",
             "opencode_sidecar_callbacks_total{outcome=\"failed\"} 0",
             "opencode_sidecar_callbacks_waiting 0",
             "opencode_sidecar_retention_removed_total{kind=\"session\"} 0",
@@ -427,6 +472,7 @@ mod tests {
         metrics.queue_waited(Duration::from_millis(1));
         metrics.event(EventType::Stdout);
         metrics.model_call(ModelCallOutcome::Refused);
+        metrics.broker_refused(BrokerRefusal::Path);
         metrics.callback(CallbackOutcome::Delivered);
         metrics.set_callbacks_waiting(4);
         metrics.retention_removed(1, 2, 3, 4);
@@ -446,6 +492,7 @@ mod tests {
             "opencode_sidecar_queue_wait_seconds_count 1",
             "opencode_sidecar_events_total{type=\"stdout\"} 1",
             "opencode_sidecar_model_calls_total{outcome=\"refused\"} 1",
+            "opencode_sidecar_broker_refused_total{why=\"path\"} 1",
             "opencode_sidecar_callbacks_total{outcome=\"delivered\"} 1",
             "opencode_sidecar_callbacks_waiting 4",
             "opencode_sidecar_retention_removed_total{kind=\"execution\"} 2",

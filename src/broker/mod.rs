@@ -9,10 +9,12 @@
 //! prompt and no answer. No proxy is taken from the environment: calls go where the grant says and nowhere else.
 
 pub mod destination;
+
 mod dialect;
 mod error;
 mod forward;
 mod observe;
+mod outward;
 mod priming;
 mod server;
 mod session;
@@ -22,8 +24,11 @@ pub use session::{Exhausted, Facts, Lease, Outcome, Report, ShellCall};
 
 use crate::model::task::Provider;
 use crate::tasks::Tasks;
+use crate::telemetry::Metrics;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use destination::{Destinations, Names};
+use outward::Clients;
 use rand::RngCore;
 use secrecy::SecretString;
 use session::Session;
@@ -54,6 +59,12 @@ pub struct BrokerConfig {
     pub longest_wait: Duration,
     /// Longest body of a call, in bytes.
     pub max_body: usize,
+    /// Calls of one session that begin within any minute of one execution. One more exhausts it.
+    pub calls_per_minute: u32,
+    /// The hosts that may be called.
+    pub destinations: Destinations,
+    /// Who tells their addresses.
+    pub names: Names,
 }
 
 impl Default for BrokerConfig {
@@ -65,6 +76,9 @@ impl Default for BrokerConfig {
             max_failures: 5,
             longest_wait: Duration::from_secs(300),
             max_body: 32 * 1024 * 1024,
+            calls_per_minute: 300,
+            destinations: Destinations::default(),
+            names: Names::default(),
         }
     }
 }
@@ -126,7 +140,8 @@ type Sessions = watch::Sender<HashMap<u64, Arc<Session>>>;
 struct Inner {
     address: SocketAddr,
     config: BrokerConfig,
-    client: reqwest::Client,
+    clients: Clients,
+    metrics: Metrics,
     sessions: Sessions,
     next_id: AtomicU64,
 }
@@ -143,12 +158,12 @@ impl Broker {
     ///
     /// # Errors
     /// [`BrokerError`], where no port can be had or TLS cannot be set up.
-    pub async fn start(tasks: &Tasks, config: BrokerConfig) -> Result<Self, BrokerError> {
-        let client = forward::client(&config)?;
+    pub async fn start(tasks: &Tasks, metrics: Metrics, config: BrokerConfig) -> Result<Self, BrokerError> {
+        let clients = Clients::new(&config)?;
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(BrokerError::Listen)?;
         let address = listener.local_addr().map_err(BrokerError::Listen)?;
         let sessions = Sessions::default();
-        let inner = Arc::new(Inner { address, config, client, sessions, next_id: AtomicU64::new(0) });
+        let inner = Arc::new(Inner { address, config, clients, metrics, sessions, next_id: AtomicU64::new(0) });
         tasks.spawn("broker", server::serve(tasks.clone(), listener, Arc::clone(&inner)));
         Ok(Self { inner })
     }
@@ -164,7 +179,7 @@ impl Broker {
         rand::rng().fill_bytes(&mut bytes);
         let token = SecretString::from(URL_SAFE_NO_PAD.encode(bytes));
         let id = self.inner.next_id.fetch_add(1, Ordering::Relaxed);
-        let session = Arc::new(Session::new(grant, &token, self.inner.config.max_failures));
+        let session = Arc::new(Session::new(grant, &token, &self.inner.config));
         self.inner.sessions.send_modify(|sessions| {
             sessions.insert(id, Arc::clone(&session));
         });

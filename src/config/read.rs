@@ -2,6 +2,7 @@
 
 use super::reference::{self, REFERENCE};
 use super::{ConfigError, ConfigErrors, VISIBLE_ASCII, is_visible_ascii};
+use crate::model::destination::{Destinations, Ports};
 use crate::secrets::Source;
 use secrecy::SecretString;
 use std::ffi::OsString;
@@ -154,6 +155,25 @@ impl<'a> Reader<'a> {
             let words: Vec<String> = text.split(',').map(|word| word.trim().to_owned()).collect();
             words.iter().all(|word| known.contains(&word.as_str())).then_some(words)
         })
+    }
+
+    /// Hosts, separated by commas. Those of the default, which no operator has written, only where they are public.
+    pub(super) fn destinations(&mut self, name: &'static str, ports: Ports) -> Destinations {
+        let is_set = self.is_set(name);
+        let text = self.raw(name).or_else(|| reference::default_of(name).map(OsString::from)).unwrap_or_default();
+        match Destinations::parse(text.to_str().unwrap_or_default(), ports) {
+            Ok(destinations) if is_set => destinations,
+            Ok(destinations) => destinations.public_only(),
+            Err(bad) => {
+                self.fail(
+                    &[name],
+                    format!(
+                        "{bad}; expected hosts separated by commas, as models.example, 10.0.0.7:8080 or *.example:443"
+                    ),
+                );
+                Destinations::default()
+            }
+        }
     }
 
     pub(super) fn word<T: Copy>(&mut self, name: &'static str, words: &[(&str, T)]) -> T {
