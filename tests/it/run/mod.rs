@@ -8,6 +8,7 @@ mod ending;
 mod failpoints;
 mod faults;
 mod idempotency;
+mod key_search;
 mod life;
 mod main_job;
 mod million;
