@@ -286,12 +286,15 @@ impl App {
         database.store = database.store.as_owner(state.instance);
         let broker = Broker::start(
             &tasks,
+            metrics.clone(),
             BrokerConfig {
                 header_timeout: config.model_header_timeout,
                 idle_timeout: config.model_idle_timeout,
                 max_failures: config.model_max_failures,
                 longest_wait: config.stall_timeout,
-                egress: egress(&config, &metrics),
+                egress: egress(&config),
+                calls_per_minute: config.model_calls_per_minute,
+                destinations: config.model_endpoints(),
                 ..BrokerConfig::default()
             },
         )
@@ -364,6 +367,7 @@ impl App {
                     max_prompt_length: config.max_prompt_length,
                     limits: config.limits,
                     default_model,
+                    endpoints: config.model_endpoints(),
                     keyring: config.keyring.clone(),
                     unheld: protections.unheld.clone(),
                     unheld_cpu: protections.unheld_cpu.clone(),
@@ -519,7 +523,7 @@ async fn journal(config: &Config, tasks: &Tasks) -> Result<Arc<Journal>, StartEr
 }
 
 /// What sessions may reach beside their model.
-fn egress(config: &Config, metrics: &Metrics) -> EgressConfig {
+fn egress(config: &Config) -> EgressConfig {
     const POSTGRES: u16 = 5432;
     let allow = config.egress_allow.clone();
     if !allow.is_empty() {
@@ -531,7 +535,7 @@ fn egress(config: &Config, metrics: &Metrics) -> EgressConfig {
         // One that is reached by a Unix socket has no host.
         Target::parse(&format!("{}:{port}", url.host_str().filter(|host| !host.is_empty())?))
     });
-    EgressConfig { allow, database, metrics: Some(metrics.clone()), ..EgressConfig::default() }
+    EgressConfig { allow, database, ..EgressConfig::default() }
 }
 
 /// Starts what tells the backend, where there is one.

@@ -208,6 +208,36 @@ impl EgressDirection {
     }
 }
 
+/// Why the broker did not do what a session's process asked for, as the metrics count it. What is over a limit is a
+/// [`ModelCallOutcome::OverLimit`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BrokerRefusal {
+    /// No session has its token.
+    Token,
+    /// It is none of the provider's paths, or not their method.
+    Path,
+    /// Its body is too long, or no call of a model.
+    Body,
+    /// It names another model than the execution's.
+    Model,
+    /// The model's host may not be called, or has no address that may.
+    Endpoint,
+}
+
+impl BrokerRefusal {
+    const ALL: [Self; 5] = [Self::Token, Self::Path, Self::Body, Self::Model, Self::Endpoint];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Token => "token",
+            Self::Path => "path",
+            Self::Body => "body",
+            Self::Model => "model",
+            Self::Endpoint => "endpoint",
+        }
+    }
+}
+
 /// The sidecar's metrics. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Metrics(Arc<Inner>);
@@ -228,6 +258,7 @@ struct Inner {
     model_calls: IntCounterVec,
     egress: IntCounterVec,
     egress_bytes: IntCounterVec,
+    broker_refused: IntCounterVec,
     callbacks: IntCounterVec,
     callbacks_waiting: IntGauge,
     retention: IntCounterVec,
@@ -307,6 +338,11 @@ impl Metrics {
             model_calls: make.counters("model_calls_total", "Calls of models through the broker.", &["outcome"])?,
             egress: make.counters("egress_total", "Attempts of sessions to reach other hosts.", &["outcome"])?,
             egress_bytes: make.counters("egress_bytes_total", "Bytes of sessions to and from them.", &["direction"])?,
+            broker_refused: make.counters(
+                "broker_refused_total",
+                "Calls of sessions that the broker refused.",
+                &["why"],
+            )?,
             callbacks: make.counters("callbacks_total", "Calls that tell the backend a status.", &["outcome"])?,
             callbacks_waiting: make.gauge(
                 &format!("{PREFIX}callbacks_waiting"),
@@ -336,6 +372,9 @@ impl Metrics {
         }
         for direction in EgressDirection::ALL {
             inner.egress_bytes.with_label_values(&[direction.as_str()]);
+        }
+        for why in BrokerRefusal::ALL {
+            inner.broker_refused.with_label_values(&[why.as_str()]);
         }
         for outcome in CallbackOutcome::ALL {
             inner.callbacks.with_label_values(&[outcome.as_str()]);
@@ -416,6 +455,11 @@ impl Metrics {
         self.0.egress_bytes.with_label_values(&[direction.as_str()]).inc_by(u64::try_from(bytes).unwrap_or(0));
     }
 
+    /// The broker refused what a session's process asked for.
+    pub fn broker_refused(&self, why: BrokerRefusal) {
+        self.0.broker_refused.with_label_values(&[why.as_str()]).inc();
+    }
+
     /// A call that tells the backend a change of status ended.
     pub fn callback(&self, outcome: CallbackOutcome) {
         self.0.callbacks.with_label_values(&[outcome.as_str()]).inc();
@@ -478,6 +522,7 @@ mod tests {
             "opencode_sidecar_model_calls_total{outcome=\"ok\"} 0",
             "opencode_sidecar_egress_total{outcome=\"opened\"} 0",
             "opencode_sidecar_egress_bytes_total{direction=\"sent\"} 0",
+            "opencode_sidecar_broker_refused_total{why=\"endpoint\"} 0",
             "opencode_sidecar_callbacks_total{outcome=\"failed\"} 0",
             "opencode_sidecar_callbacks_waiting 0",
             "opencode_sidecar_retention_removed_total{kind=\"session\"} 0",
@@ -496,6 +541,7 @@ mod tests {
         metrics.model_call(ModelCallOutcome::Refused);
         metrics.egress(EgressOutcome::Refused);
         metrics.egress_bytes(EgressDirection::Received, 7);
+        metrics.broker_refused(BrokerRefusal::Path);
         metrics.callback(CallbackOutcome::Delivered);
         metrics.set_callbacks_waiting(4);
         metrics.retention_removed(1, 2, 3, 4);
@@ -517,6 +563,7 @@ mod tests {
             "opencode_sidecar_model_calls_total{outcome=\"refused\"} 1",
             "opencode_sidecar_egress_total{outcome=\"refused\"} 1",
             "opencode_sidecar_egress_bytes_total{direction=\"received\"} 7",
+            "opencode_sidecar_broker_refused_total{why=\"path\"} 1",
             "opencode_sidecar_callbacks_total{outcome=\"delivered\"} 1",
             "opencode_sidecar_callbacks_waiting 4",
             "opencode_sidecar_retention_removed_total{kind=\"execution\"} 2",

@@ -10,11 +10,13 @@
 //! prompt and no answer. No proxy is taken from the environment: calls go where the grant says and nowhere else.
 
 pub mod destination;
+
 mod dialect;
 mod egress;
 mod error;
 mod forward;
 mod observe;
+mod outward;
 mod priming;
 mod server;
 mod session;
@@ -25,6 +27,9 @@ pub use session::{Exhausted, Facts, Lease, Outcome, Report, ShellCall};
 
 use crate::model::task::Provider;
 use crate::tasks::Tasks;
+use crate::telemetry::Metrics;
+use destination::{Destinations, Names};
+use outward::Clients;
 use secrecy::SecretString;
 use session::Session;
 use std::collections::HashMap;
@@ -56,6 +61,12 @@ pub struct BrokerConfig {
     pub max_body: usize,
     /// What sessions may reach beside their model.
     pub egress: EgressConfig,
+    /// Calls of one session that begin within any minute of one execution. One more exhausts it.
+    pub calls_per_minute: u32,
+    /// The hosts that may be called.
+    pub destinations: Destinations,
+    /// Who tells their addresses.
+    pub names: Names,
 }
 
 impl Default for BrokerConfig {
@@ -68,6 +79,9 @@ impl Default for BrokerConfig {
             longest_wait: Duration::from_secs(300),
             max_body: 32 * 1024 * 1024,
             egress: EgressConfig::default(),
+            calls_per_minute: 300,
+            destinations: Destinations::default(),
+            names: Names::default(),
         }
     }
 }
@@ -129,7 +143,8 @@ type Sessions = watch::Sender<HashMap<u64, Arc<Session>>>;
 struct Inner {
     address: SocketAddr,
     config: BrokerConfig,
-    client: reqwest::Client,
+    clients: Clients,
+    metrics: Metrics,
     sessions: Sessions,
     next_id: AtomicU64,
 }
@@ -146,12 +161,12 @@ impl Broker {
     ///
     /// # Errors
     /// [`BrokerError`], where no port can be had or TLS cannot be set up.
-    pub async fn start(tasks: &Tasks, config: BrokerConfig) -> Result<Self, BrokerError> {
-        let client = forward::client(&config)?;
+    pub async fn start(tasks: &Tasks, metrics: Metrics, config: BrokerConfig) -> Result<Self, BrokerError> {
+        let clients = Clients::new(&config)?;
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(BrokerError::Listen)?;
         let address = listener.local_addr().map_err(BrokerError::Listen)?;
         let sessions = Sessions::default();
-        let inner = Arc::new(Inner { address, config, client, sessions, next_id: AtomicU64::new(0) });
+        let inner = Arc::new(Inner { address, config, clients, metrics, sessions, next_id: AtomicU64::new(0) });
         tasks.spawn("broker", server::serve(tasks.clone(), listener, Arc::clone(&inner)));
         Ok(Self { inner })
     }
@@ -166,7 +181,7 @@ impl Broker {
         let token = session::token();
         let way = egress::Way::new(&self.inner.config.egress);
         let id = self.inner.next_id.fetch_add(1, Ordering::Relaxed);
-        let session = Arc::new(Session::new(grant, &token, way, self.inner.config.max_failures));
+        let session = Arc::new(Session::new(grant, &token, way, &self.inner.config));
         self.inner.sessions.send_modify(|sessions| {
             sessions.insert(id, Arc::clone(&session));
         });

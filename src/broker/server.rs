@@ -5,6 +5,7 @@ use super::observe::Api;
 use super::session::{Session, ShellCall};
 use super::{Inner, egress, forward};
 use crate::tasks::Tasks;
+use crate::telemetry::BrokerRefusal;
 use axum::body::Body;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -167,19 +168,28 @@ async fn handle(inner: Arc<Inner>, claim: &Claim, place: &egress::Place, request
         return egress::answer(&inner, &session, place, request).await;
     }
     let Some(session) = session(&inner, request.headers()) else {
+        inner.metrics.broker_refused(BrokerRefusal::Token);
         return refuse(StatusCode::UNAUTHORIZED, "unauthorized", "unauthorized", "unauthorized");
     };
     claim.send_replace(Some(session.closed.clone()));
     session.touch();
+    let not_here = |status, message, code| {
+        inner.metrics.broker_refused(BrokerRefusal::Path);
+        refuse(status, message, code, code)
+    };
+    // Providers have switches in the query of which nobody here knows what they do.
+    if request.uri().query().is_some() {
+        return not_here(StatusCode::NOT_FOUND, "no query is known here", "not_found");
+    }
     let api = match request.uri().path() {
         "/model/v1/chat/completions" => Some(Api::Chat),
         "/model/v1/messages" => Some(Api::Messages),
         "/model/v1/responses" => Some(Api::Responses),
         "/shell" => None,
-        _ => return refuse(StatusCode::NOT_FOUND, "not found", "not_found", "not_found"),
+        _ => return not_here(StatusCode::NOT_FOUND, "not found", "not_found"),
     };
     if request.method() != Method::POST {
-        return refuse(StatusCode::METHOD_NOT_ALLOWED, "only POST", "method_not_allowed", "method_not_allowed");
+        return not_here(StatusCode::METHOD_NOT_ALLOWED, "only POST", "method_not_allowed");
     }
     match api {
         Some(api) => forward::forward(&inner, &session, api, request).await,

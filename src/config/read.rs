@@ -157,17 +157,28 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// Hosts with their ports. Each bad one is told by its place.
-    pub(super) fn destinations(&mut self, name: &'static str) -> Destinations {
-        let Some(list) = self.raw(name) else { return Destinations::default() };
+    /// Hosts, separated by commas. Those of the default, which no operator has written, only where they are public. Each bad
+    /// one is told by its place.
+    pub(super) fn destinations(&mut self, name: &'static str, ports: Ports) -> Destinations {
+        let is_set = self.is_set(name);
+        let Some(list) = self.raw(name).or_else(|| reference::default_of(name).map(OsString::from)) else {
+            return Destinations::default();
+        };
+        // What is not UTF-8 is no host either way.
         let list = list.to_string_lossy();
-        let faults = Destinations::faults(&list, Ports::Required);
-        if !faults.is_empty() {
-            let faults: Vec<_> = faults.iter().map(ToString::to_string).collect();
-            let expected = "expected host:port or *.suffix:port, separated by commas";
-            self.fail(&[name], format!("{expected}; {}", faults.join("; ")));
+        match Destinations::parse(&list, ports) {
+            Ok(destinations) if is_set => destinations,
+            Ok(destinations) => destinations.public_only(),
+            Err(_) => {
+                let bad: Vec<_> = Destinations::faults(&list, ports).iter().map(ToString::to_string).collect();
+                let expected = match ports {
+                    Ports::Required => "host:port or *.suffix:port, separated by commas",
+                    Ports::Optional => "hosts separated by commas, as models.example, 10.0.0.7:8080 or *.example:443",
+                };
+                self.fail(&[name], format!("{}; expected {expected}", bad.join("; ")));
+                Destinations::default()
+            }
         }
-        Destinations::parse(&list, Ports::Required).unwrap_or_default()
     }
 
     pub(super) fn word<T: Copy>(&mut self, name: &'static str, words: &[(&str, T)]) -> T {

@@ -67,11 +67,13 @@ pub(super) const REFERENCE: &[Variable] = &[
     var("OPENCODE_MODEL", "", "Default model: its name at the provider"),
     var("OPENCODE_API_KEY", "", "Default model: the provider's key; it never reaches a session"),
     var("OPENCODE_API_ENDPOINT", "", "Default model: base URL with the version; needed for local and custom"),
+    var("MODEL_ENDPOINT_ALLOW", "api.openai.com:443,api.anthropic.com:443", "Hosts that tasks may call models at, beside OPENCODE_API_ENDPOINT: host, host:port, *.suffix or *.suffix:port, separated by commas; a private address only where its host is named in full here"),
     var("ENCRYPTION_KEY", "", "Opens the api_key_encrypted of tasks: the base64 of 32 bytes, a key of this project's own"),
     var("ENCRYPTION_KEY_PREVIOUS", "", "Opens what was sealed under the key before it"),
     var("MODEL_HEADER_TIMEOUT", "60", "Time for a provider to begin its answer, in seconds"),
     var("MODEL_IDLE_TIMEOUT", "120", "Time that a provider may be silent within an answer, in seconds"),
     var("MODEL_MAX_FAILURES", "5", "Failed calls of a model in a row that end a run"),
+    var("MODEL_CALLS_PER_MINUTE", "300", "Most calls of a model in an execution within one minute; more end the run"),
     var("SESSION_MODEL_CALLS", "200", "Most calls of a model in an execution"),
     var("SESSION_TOTAL_TOKENS", "5000000", "Most tokens, in and out, of an execution"),
     var("SESSION_MEMORY_BYTES", "", "Most memory of a session, all its processes together"),
@@ -84,7 +86,6 @@ pub(super) const REFERENCE: &[Variable] = &[
 /// Variables of the contract that this version cannot honour.
 const NOT_YET: &[&str] = &[
     "MAX_TASK_FILE_SIZE",
-    "MODEL_ENDPOINT_ALLOW",
     "OPENCODE_PLUGIN_DIR",
     "OTEL_EXPORTER_OTLP_ENDPOINT",
     "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",

@@ -59,6 +59,15 @@ impl Reach {
     pub fn includes(self, address: IpAddr) -> bool {
         self == Self::Anywhere || is_public(address)
     }
+
+    /// The same of a host, where it is an address; what addresses a name has is not known here.
+    fn includes_host(self, host: &Host) -> bool {
+        match host {
+            Host::Domain(_) => true,
+            Host::Ipv4(address) => self.includes((*address).into()),
+            Host::Ipv6(address) => self.includes((*address).into()),
+        }
+    }
 }
 
 /// Whether an entry of a list may stand without a port.
@@ -138,8 +147,11 @@ impl Destinations {
 
     /// How far a target may be, where some entry is about it: what the widest of them says.
     pub fn reach(&self, target: &Target) -> Option<Reach> {
-        let fits =
-            |entry: &&Entry| entry.port.is_none_or(|port| port == target.port) && entry.pattern.fits(&target.host);
+        let fits = |entry: &&Entry| {
+            entry.port.is_none_or(|port| port == target.port)
+                && entry.pattern.fits(&target.host)
+                && entry.reach.includes_host(&target.host)
+        };
         let mut reaches = self.0.iter().filter(fits).map(|entry| entry.reach);
         let first = reaches.next()?;
         Some(if reaches.any(|reach| reach == Reach::Anywhere) { Reach::Anywhere } else { first })
@@ -422,6 +434,9 @@ mod tests {
         public.add(target("in.example:443"), Anywhere);
         assert_eq!(public.reach(&target("in.example:443")), Some(Anywhere));
         assert_eq!(public.reach(&target("in.example:444")), None);
+        let inside = Destinations::parse("127.0.0.1,1.1.1.1", Ports::Optional).unwrap().public_only();
+        assert_eq!(inside.reach(&target("127.0.0.1:443")), None, "an address says by itself where it is");
+        assert_eq!(inside.reach(&target("1.1.1.1:443")), Some(Public));
     }
 
     #[test]

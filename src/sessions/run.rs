@@ -677,6 +677,11 @@ fn model_evidence(facts: &Facts) -> ModelEvidence {
             "total_tokens",
             "The task has used up its tokens (limits.total_tokens).",
         ),
+        Exhausted::Rate => Failure::new(
+            Reason::BudgetExceeded,
+            "model_rate",
+            "The task called the model more often within a minute than MODEL_CALLS_PER_MINUTE allows.",
+        ),
         Exhausted::Failures => last_error
             .clone()
             .unwrap_or_else(|| Failure::new(Reason::ModelError, "model_error", "The model failed too often in a row.")),

@@ -47,10 +47,13 @@ impl World {
         Self::configured(BrokerConfig { egress, ..BrokerConfig::default() }).await
     }
 
-    async fn configured(mut config: BrokerConfig) -> Self {
+    async fn named(names: Names, egress: EgressConfig) -> Self {
+        Self::configured(BrokerConfig { egress, names, ..BrokerConfig::default() }).await
+    }
+
+    async fn configured(config: BrokerConfig) -> Self {
         let (tasks, metrics) = (Tasks::new(), Metrics::new().unwrap());
-        config.egress.metrics = Some(metrics.clone());
-        let broker = Broker::start(&tasks, config).await.unwrap();
+        let broker = Broker::start(&tasks, metrics.clone(), config).await.unwrap();
         let lease = broker.open(grant());
         Self { tasks, broker, lease, metrics }
     }
@@ -233,7 +236,7 @@ async fn nothing_is_let_out_without_the_sessions_own_credential() {
 async fn what_is_not_named_is_refused_in_words_and_told() {
     let (listener, address) = site().await;
     let names = Names::new(|name| panic!("asked for {name}"));
-    let world = World::with(EgressConfig { names, ..allow("a.example:443,*.b.example:443") }).await;
+    let world = World::named(names, allow("a.example:443,*.b.example:443")).await;
     // A second request behind it is not answered: it may have been meant for a tunnel.
     let twice = format!("{0}{0}", world.request("C.example.:443"));
     let (stream, head) = world.send(&twice).await;
@@ -359,7 +362,7 @@ async fn a_name_is_looked_up_once_and_what_was_judged_is_dialled() {
         let answer = if first { [127, 0, 0, 2] } else { [127, 0, 0, 3] };
         async move { Ok(vec![answer.into()]) }.boxed()
     });
-    let world = World::with(EgressConfig { names, ..allow(&format!("localhost:{port}")) }).await;
+    let world = World::named(names, allow(&format!("localhost:{port}"))).await;
     let (_inside, head) = world.connect(&format!("LOCALHOST.:{port}")).await;
     assert_eq!(status(&head), 200);
     let _outside = accepted(&listener).await;
@@ -388,8 +391,7 @@ async fn a_name_that_leads_inside_gains_nothing() {
         };
         async move { Ok(inside.into_iter().map(|text| text.parse().unwrap()).collect()) }.boxed()
     });
-    let world =
-        World::with(EgressConfig { names, ..allow(&format!("*.evil.example:{port},full.example:{port}")) }).await;
+    let world = World::named(names, allow(&format!("*.evil.example:{port},full.example:{port}"))).await;
     for name in ["here.evil.example", "net.evil.example", "cloud.evil.example", "full.example"] {
         let (status, said) = world.refused(&format!("{name}:{port}")).await;
         assert_eq!(status, 403, "{name}");
@@ -404,13 +406,13 @@ async fn a_name_that_leads_inside_gains_nothing() {
 #[tokio::test]
 async fn a_host_that_does_not_answer_is_given_up() {
     let names = Names::new(|_| std::future::pending().boxed());
-    let egress = EgressConfig { names, ..allow("slow.example:443") };
+    let egress = allow("slow.example:443");
     let connect_timeout = Duration::from_millis(50);
-    let world = World::configured(BrokerConfig { egress, connect_timeout, ..BrokerConfig::default() }).await;
+    let world = World::configured(BrokerConfig { egress, names, connect_timeout, ..BrokerConfig::default() }).await;
     let (status, said) = world.refused("slow.example:443").await;
     assert_eq!((status, said.ends_with("no connection in time\n")), (504, true), "{said}");
     let unknown = Names::new(|_| async { Err(std::io::ErrorKind::NotFound.into()) }.boxed());
-    let other = World::with(EgressConfig { names: unknown, ..allow("gone.example:443") }).await;
+    let other = World::named(unknown, allow("gone.example:443")).await;
     let (status, said) = other.refused("gone.example:443").await;
     assert_eq!((status, said.ends_with("its name is not known\n")), (502, true), "{said}");
     assert_eq!(other.lease.refused_at_last(), [], "it may be reached, if it were there");

@@ -1,7 +1,7 @@
 //! Which addresses a target may have: those that are dialled, or why there are none.
 
 use super::refusals::Why;
-use super::{EgressConfig, Target};
+use super::{BrokerConfig, Target};
 use crate::broker::destination::{Reach, Refused};
 use nix::ifaddrs::getifaddrs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -27,14 +27,14 @@ const METADATA: [IpAddr; 3] = [
 /// Whoever is asked for a name answers what it likes. So an entry that names a host in full may mean a private network,
 /// but this machine itself, its links and its cloud's metadata are meant only by an entry that is the address, or
 /// `localhost`. And the database is meant only by an entry that is just that.
-pub(super) async fn addresses(config: &EgressConfig, target: &Target) -> Result<Vec<SocketAddr>, Unfit> {
-    let reach = config.allow.reach(target).ok_or(Unfit::Refused(Why::NotAllowed))?;
+pub(super) async fn addresses(config: &BrokerConfig, target: &Target) -> Result<Vec<SocketAddr>, Unfit> {
+    let reach = config.egress.allow.reach(target).ok_or(Unfit::Refused(Why::NotAllowed))?;
     let mut found = resolved(config, target, reach).await?;
     if matches!(target.host(), Host::Domain(name) if name != "localhost") {
         let own = own_addresses().ok_or(Unfit::Refused(Why::NotPublic))?;
         found.retain(|address| !is_of_this_machine(address.ip(), &own));
     }
-    if let Some(database) = config.database.as_ref().filter(|database| database.port() == target.port())
+    if let Some(database) = config.egress.database.as_ref().filter(|database| database.port() == target.port())
         && (database != target || reach != Reach::Anywhere)
     {
         let database = resolved(config, database, Reach::Anywhere).await?;
@@ -43,7 +43,7 @@ pub(super) async fn addresses(config: &EgressConfig, target: &Target) -> Result<
     if found.is_empty() { Err(Unfit::Refused(Why::NotPublic)) } else { Ok(found) }
 }
 
-async fn resolved(config: &EgressConfig, target: &Target, reach: Reach) -> Result<Vec<SocketAddr>, Unfit> {
+async fn resolved(config: &BrokerConfig, target: &Target, reach: Reach) -> Result<Vec<SocketAddr>, Unfit> {
     let found = config.names.resolve(target, reach).await.map_err(|refused| match refused {
         Refused::Unknown { .. } => Unfit::Unknown,
         Refused::NotAllowed(_) | Refused::NotPublic(_) => Unfit::Refused(Why::NotPublic),
@@ -77,22 +77,24 @@ fn is_of_this_machine(address: IpAddr, own: &[IpAddr]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::broker::EgressConfig;
     use crate::broker::destination::{Destinations, Names, Ports};
     use futures_util::FutureExt;
     use std::io;
 
     /// With names that have these addresses.
-    fn config(allow: &str, names: &'static [(&'static str, &'static [&'static str])]) -> EgressConfig {
+    fn config(allow: &str, names: &'static [(&'static str, &'static [&'static str])]) -> BrokerConfig {
         let names = Names::new(move |name| {
             let found = names.iter().find(|(known, _)| *known == name).map(|(_, addresses)| *addresses);
             let found = found.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound));
             async move { Ok(found?.iter().map(|text| text.parse().unwrap()).collect()) }.boxed()
         });
         let allow = Destinations::parse(allow, Ports::Required).unwrap();
-        EgressConfig { allow, names, ..EgressConfig::default() }
+        let egress = EgressConfig { allow, ..EgressConfig::default() };
+        BrokerConfig { egress, names, ..BrokerConfig::default() }
     }
 
-    async fn judged(config: &EgressConfig, target: &str) -> Result<Vec<String>, Unfit> {
+    async fn judged(config: &BrokerConfig, target: &str) -> Result<Vec<String>, Unfit> {
         let found = addresses(config, &Target::parse(target).unwrap()).await?;
         Ok(found.iter().map(ToString::to_string).collect())
     }
@@ -101,8 +103,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_name_that_is_not_allowed_is_not_looked_up() {
-        let nobody =
-            EgressConfig { names: Names::new(|name| panic!("asked for {name}")), ..config("a.example:1", &[]) };
+        let names = Names::new(|name| panic!("asked for {name}"));
+        let nobody = BrokerConfig { names, ..config("a.example:1", &[]) };
         for target in ["b.example:1", "a.example:2", "x.a.example:1", "10.0.0.1:1", "[::1]:1"] {
             assert_eq!(judged(&nobody, target).await, Err(Unfit::Refused(Why::NotAllowed)), "{target}");
         }
@@ -162,7 +164,11 @@ mod tests {
         let names: &'static [(&str, &[&str])] =
             &[("db.example", &["10.0.0.9", "1.1.1.1"]), ("x.example", &["10.0.0.9"]), ("y.example", &["10.0.0.8"])];
         let database = Target::parse("db.example:5432");
-        let with = |allow| EgressConfig { database: database.clone(), ..config(allow, names) };
+        let with = |allow| {
+            let mut config = config(allow, names);
+            config.egress.database = database.clone();
+            config
+        };
         let named = with("x.example:5432,y.example:5432,x.example:443,10.0.0.9:5432");
         assert_eq!(judged(&named, "x.example:5432").await, Err(REFUSED));
         assert_eq!(judged(&named, "10.0.0.9:5432").await, Err(REFUSED));

@@ -16,10 +16,10 @@ mod tunnel;
 pub use refusals::{Refusal, Why};
 pub(super) use tunnel::Place;
 
-use super::destination::{Destinations, Names, Target};
+use super::destination::{Destinations, Target};
 use super::session::{Lease, Session, digest, token};
 use super::{BrokerConfig, Inner};
-use crate::telemetry::{EgressOutcome, Metrics};
+use crate::telemetry::EgressOutcome;
 use axum::body::Body;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -45,38 +45,21 @@ const USER: &str = "session";
 pub struct EgressConfig {
     /// Nothing by default.
     pub allow: Destinations,
-    /// Who is asked for the addresses of a name.
-    pub names: Names,
     /// Where the database is: only an entry that is just that reaches it.
     pub database: Option<Target>,
     /// Tunnels of one session at once.
     pub max_tunnels: usize,
     /// How long a tunnel may pass nothing in either direction.
     pub idle_timeout: Duration,
-    /// Where attempts and bytes are counted.
-    pub metrics: Option<Metrics>,
 }
 
 impl Default for EgressConfig {
     fn default() -> Self {
-        Self {
-            allow: Destinations::default(),
-            names: Names::default(),
-            database: None,
-            max_tunnels: 64,
-            idle_timeout: Duration::from_secs(300),
-            metrics: None,
-        }
+        Self { allow: Destinations::default(), database: None, max_tunnels: 64, idle_timeout: Duration::from_secs(300) }
     }
 }
 
 impl EgressConfig {
-    fn count(&self, outcome: EgressOutcome) {
-        if let Some(metrics) = &self.metrics {
-            metrics.egress(outcome);
-        }
-    }
-
     /// What the session is told may be reached.
     fn allowed(&self) -> String {
         match self.allow.is_empty() {
@@ -182,13 +165,13 @@ pub(super) async fn answer(
     place: &Place,
     mut request: Request<Incoming>,
 ) -> Response<Body> {
-    let config = &inner.config.egress;
+    let (config, metrics) = (&inner.config.egress, &inner.metrics);
     let Some(target) = target(&request) else {
-        config.count(EgressOutcome::Refused);
+        metrics.egress(EgressOutcome::Refused);
         return no(StatusCode::BAD_REQUEST, "the request names no host with a port");
     };
     let refused = |status, why: Why| {
-        config.count(EgressOutcome::Refused);
+        metrics.egress(EgressOutcome::Refused);
         session.way.refuse(&target, why);
         tracing::debug!(%target, why = why.as_str(), "a session may not reach a host");
         no(status, &format!("{}; {}", why.sentence(&target.to_string()), config.allowed()))
@@ -197,7 +180,7 @@ pub(super) async fn answer(
         return refused(StatusCode::FORBIDDEN, Why::PlainHttp);
     }
     if has_body(&request) {
-        config.count(EgressOutcome::Refused);
+        metrics.egress(EgressOutcome::Refused);
         return no(StatusCode::BAD_REQUEST, "CONNECT has no body");
     }
     let Ok(slot) = Arc::clone(&session.way.tunnels).try_acquire_owned() else {
@@ -205,20 +188,20 @@ pub(super) async fn answer(
     };
     match dial(&inner.config, &target).await {
         Ok(outside) => {
-            config.count(EgressOutcome::Opened);
+            metrics.egress(EgressOutcome::Opened);
             place.put(Tunnel {
                 upgrade: hyper::upgrade::on(&mut request),
                 outside,
                 session: Arc::clone(session),
                 idle: config.idle_timeout,
-                metrics: config.metrics.clone(),
+                metrics: metrics.clone(),
                 _slot: slot,
             });
             Response::new(Body::empty())
         }
         Err(Undialled::Refused(why)) => refused(StatusCode::FORBIDDEN, why),
         Err(Undialled::Failed(status, how)) => {
-            config.count(EgressOutcome::Failed);
+            metrics.egress(EgressOutcome::Failed);
             tracing::debug!(%target, how, "a host that a session may reach cannot be reached");
             no(status, &format!("{target} cannot be reached: {how}"))
         }
@@ -252,7 +235,7 @@ enum Undialled {
 async fn dial(config: &BrokerConfig, target: &Target) -> Result<TcpStream, Undialled> {
     let late = || Undialled::Failed(StatusCode::GATEWAY_TIMEOUT, "no connection in time");
     let until = Instant::now() + config.connect_timeout;
-    let addresses = match timeout_at(until, judge::addresses(&config.egress, target)).await {
+    let addresses = match timeout_at(until, judge::addresses(config, target)).await {
         Ok(Ok(addresses)) => addresses,
         Ok(Err(Unfit::Refused(why))) => return Err(Undialled::Refused(why)),
         Ok(Err(Unfit::Unknown)) => return Err(Undialled::Failed(StatusCode::BAD_GATEWAY, "its name is not known")),

@@ -38,7 +38,7 @@ pub(in crate::broker) struct Tunnel {
     pub(super) outside: TcpStream,
     pub(super) session: Arc<Session>,
     pub(super) idle: Duration,
-    pub(super) metrics: Option<Metrics>,
+    pub(super) metrics: Metrics,
     /// Its place among the session's.
     pub(super) _slot: OwnedSemaphorePermit,
 }
@@ -72,7 +72,7 @@ impl Tunnel {
 /// What has passed through a tunnel.
 struct Passed {
     session: Arc<Session>,
-    metrics: Option<Metrics>,
+    metrics: Metrics,
     begun: Instant,
     /// When something passed last, in milliseconds since it was begun.
     last: AtomicU64,
@@ -82,9 +82,7 @@ impl Passed {
     fn note(&self, bytes: usize, direction: EgressDirection) {
         self.session.touch();
         self.last.store(u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
-        if let Some(metrics) = &self.metrics {
-            metrics.egress_bytes(direction, bytes);
-        }
+        self.metrics.egress_bytes(direction, bytes);
     }
 
     /// Ends when nothing has passed for so long.

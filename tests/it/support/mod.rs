@@ -9,4 +9,4 @@ pub(crate) mod proxy;
 pub(crate) mod server;
 pub(crate) mod sidecar;
 pub(crate) mod site;
-mod tls;
+pub(crate) mod tls;
