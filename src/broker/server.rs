@@ -26,6 +26,8 @@ const UNCLAIMED: Duration = Duration::from_secs(30);
 /// Pieces of a shell tap's upload that wait to be taken, each at most [`READ_BUFFER`] long.
 const SHELL_PIECES: usize = 16;
 const READ_BUFFER: usize = 64 * 1024;
+/// Longest head of a request, in bytes.
+const MAX_HEAD: usize = 32 * 1024;
 
 /// The session that a connection last showed the token of.
 type Claim = watch::Sender<Option<CancellationToken>>;
@@ -83,6 +85,7 @@ async fn connection(stream: TcpStream, inner: Arc<Inner>, end: CancellationToken
     });
     let served = hyper::server::conn::http1::Builder::new()
         .max_buf_size(READ_BUFFER)
+        .max_header_size(MAX_HEAD)
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
     tokio::select! {

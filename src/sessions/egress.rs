@@ -9,6 +9,16 @@ use std::ffi::OsString;
 /// What is never asked of the proxy: the broker itself, and what the agent serves for itself.
 const DIRECT: &str = "localhost,127.0.0.1,::1";
 
+/// Where tools that do not read `SSL_CERT_FILE`, or read another setting before it, look for a file of roots.
+const ROOTS: &[&str] = &[
+    "CARGO_HTTP_CAINFO",
+    "GIT_SSL_CAINFO",
+    "NODE_EXTRA_CA_CERTS",
+    "PIP_CERT",
+    "REQUESTS_CA_BUNDLE",
+    "npm_config_cafile",
+];
+
 /// What tells a session's tools to go by the proxy: npm, pip, cargo, git and curl read these. The proxy is named where
 /// nothing is allowed too: then it says so, in words, and the attempt is in the log.
 ///
@@ -29,9 +39,7 @@ pub(super) fn environment(
     // Node's own client, from version 24 on; npm has always read the others.
     env.push(("NODE_USE_ENV_PROXY".into(), "1".into()));
     if let Some(roots) = inherited("SSL_CERT_FILE").filter(|_| open) {
-        for name in ["CARGO_HTTP_CAINFO", "GIT_SSL_CAINFO", "NODE_EXTRA_CA_CERTS", "PIP_CERT", "REQUESTS_CA_BUNDLE"] {
-            env.push((name.into(), roots.clone()));
-        }
+        env.extend(ROOTS.iter().map(|name| (name.into(), roots.clone())));
     }
     env
 }

@@ -46,7 +46,8 @@ pub(crate) async fn serve(tasks: &Tasks, directory: &Path) -> Site {
     let roots = params.self_signed(&key).unwrap().pem();
     let issuer = Issuer::new(params, key);
     let key = KeyPair::generate().unwrap();
-    let mut params = CertificateParams::new(vec![HOST.to_owned()]).unwrap();
+    // npm, when it goes to an address by a proxy, looks for a certificate of `localhost`.
+    let mut params = CertificateParams::new(vec![HOST.to_owned(), "localhost".to_owned()]).unwrap();
     params.distinguished_name.push(DnType::CommonName, "A site for tests");
     params.use_authority_key_identifier_extension = true;
     let certificate = params.signed_by(&key, &issuer).unwrap().der().clone();
