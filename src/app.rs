@@ -635,7 +635,7 @@ impl Ready {
         let (state, mut detail) = self.protections.state(self.mode);
         if self.egress > 0 {
             // Not which: nobody has to show who they are to read this.
-            detail.push_str(&format!("; EGRESS_ALLOW opens {} other destinations than the model", self.egress));
+            detail.push_str(&format!("; EGRESS_ALLOW opens other hosts (entries: {})", self.egress));
         }
         checks = match state {
             "failed" => checks.failing("sandbox", state, Some(&detail)),

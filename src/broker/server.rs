@@ -165,7 +165,9 @@ fn session(inner: &Inner, headers: &HeaderMap) -> Option<Arc<Session>> {
 
 async fn handle(inner: Arc<Inner>, claim: &Claim, place: &egress::Place, request: Request<Incoming>) -> Response<Body> {
     if egress::is_meant(&request, inner.address) {
-        let Some(session) = egress::session(&inner, request.headers()) else { return egress::unauthenticated() };
+        let Some(session) = egress::session(&inner, request.headers()) else {
+            return egress::unauthenticated(&inner, request.headers());
+        };
         claim.send_replace(Some(session.closed.clone()));
         session.touch();
         return egress::answer(&inner, &session, place, request).await;

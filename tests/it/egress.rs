@@ -227,6 +227,8 @@ async fn nothing_is_let_out_without_the_sessions_own_credential() {
     let call = format!("POST /model/v1/messages HTTP/1.1\r\nHost: x\r\nx-api-key: {}\r\n\r\n", url.password().unwrap());
     assert_eq!(status(&world.send(&call).await.1), 401);
     assert!(listener.accept().now_or_never().is_none());
+    // Five wrong ones, each shown twice, and the one at the model's door; to show none is no attempt.
+    assert!(world.metric("broker_refused_total{why=\"token\"} 11"));
     let shown = format!("{:?} {:?}", world.lease, world.broker);
     assert!(!shown.contains(url.password().unwrap()), "{shown}");
     world.end().await;

@@ -19,7 +19,7 @@ pub(super) use tunnel::Place;
 use super::destination::{Destinations, Target};
 use super::session::{Lease, Session, digest, token};
 use super::{BrokerConfig, Inner};
-use crate::telemetry::EgressOutcome;
+use crate::telemetry::{BrokerRefusal, EgressOutcome};
 use axum::body::Body;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -150,8 +150,11 @@ pub(super) fn session(inner: &Inner, headers: &HeaderMap) -> Option<Arc<Session>
     inner.session_with(|session| session.way.has_token(token))
 }
 
-/// The answer without a credential.
-pub(super) fn unauthenticated() -> Response<Body> {
+/// The answer without a credential that is good. Some clients show theirs only when they are asked: that is no attempt.
+pub(super) fn unauthenticated(inner: &Inner, headers: &HeaderMap) -> Response<Body> {
+    if headers.contains_key(header::PROXY_AUTHORIZATION) {
+        inner.metrics.broker_refused(BrokerRefusal::Token);
+    }
     let mut response = no(StatusCode::PROXY_AUTHENTICATION_REQUIRED, "the session's own proxy credential is needed");
     let basic = header::HeaderValue::from_static("Basic realm=\"opencode-sidecar\"");
     response.headers_mut().insert(header::PROXY_AUTHENTICATE, basic);

@@ -111,7 +111,7 @@ async fn what_is_named_is_reached_and_the_log_says_what_was_refused() {
     let ready = sidecar.get("/ready").await["checks"]["sandbox"].clone();
     assert_eq!(ready["status"], "ok", "{ready}");
     let detail = ready["detail"].as_str().unwrap();
-    assert!(detail.ends_with("EGRESS_ALLOW opens 1 other destinations than the model"), "{detail}");
+    assert!(detail.ends_with("EGRESS_ALLOW opens other hosts (entries: 1)"), "{detail}");
     let events = sidecar.follow(&sidecar.submit(&script()).await).await;
     assert_eq!(events.last().unwrap()["data"]["status"], "completed", "{events:#?}");
     let (said, errors) = (text_of(&events, "stdout"), text_of(&events, "stderr"));
