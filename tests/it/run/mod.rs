@@ -5,6 +5,7 @@ mod clock;
 mod database_faults;
 mod disk_faults;
 mod ending;
+mod endpoints;
 mod failpoints;
 mod faults;
 mod idempotency;
