@@ -6,6 +6,7 @@ mod database_faults;
 mod disk_faults;
 mod egress;
 mod ending;
+mod endpoints;
 mod failpoints;
 mod faults;
 mod idempotency;
