@@ -10,12 +10,13 @@ use crate::api::sessions::SessionsApi;
 use crate::api::sockets::Sockets;
 use crate::api::stream::StreamApi;
 use crate::api::tasks::TasksApi;
-use crate::broker::{Broker, BrokerConfig, BrokerError};
+use crate::broker::{Broker, BrokerConfig, BrokerError, EgressConfig};
 use crate::config::{Config, SandboxMode};
 use crate::events::Events;
 use crate::executions::{Ceilings, Executions};
 use crate::journal::Journal;
 use crate::model::SessionId;
+use crate::model::destination::Target;
 use crate::model::task::ModelChoice;
 use crate::notify::Notifier;
 use crate::opencode::OPENCODE_VERSION;
@@ -30,7 +31,7 @@ use crate::tasks::Tasks;
 use crate::telemetry::Metrics;
 use crate::workspace::{Workspace, WorkspaceError};
 use crate::{executions, notify, sessions};
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -285,11 +286,15 @@ impl App {
         database.store = database.store.as_owner(state.instance);
         let broker = Broker::start(
             &tasks,
+            metrics.clone(),
             BrokerConfig {
                 header_timeout: config.model_header_timeout,
                 idle_timeout: config.model_idle_timeout,
                 max_failures: config.model_max_failures,
                 longest_wait: config.stall_timeout,
+                egress: egress(&config),
+                calls_per_minute: config.model_calls_per_minute,
+                destinations: config.model_endpoints(),
                 ..BrokerConfig::default()
             },
         )
@@ -332,6 +337,7 @@ impl App {
                 users: protections.users.clone(),
                 namespace: protections.namespace(),
                 workspace: workspace.root().to_path_buf(),
+                egress_open: !config.egress_allow.is_empty(),
                 require: protections.require.clone(),
                 start_timeout: config.start_timeout,
                 first_event_timeout: config.first_event_timeout,
@@ -362,6 +368,7 @@ impl App {
                     max_prompt_length: config.max_prompt_length,
                     limits: config.limits,
                     default_model,
+                    endpoints: config.model_endpoints(),
                     keyring: config.keyring.clone(),
                     unheld: protections.unheld.clone(),
                     unheld_cpu: protections.unheld_cpu.clone(),
@@ -390,6 +397,7 @@ impl App {
         let readiness = Ready {
             mode: config.sandbox,
             protections,
+            egress: config.egress_allow.len(),
             auth: auth.clone(),
             open_streams: config.sessions_stream_unauthenticated,
             embedded: database.embedded.is_some(),
@@ -515,6 +523,22 @@ async fn journal(config: &Config, tasks: &Tasks) -> Result<Arc<Journal>, StartEr
     Ok(Arc::new(journal))
 }
 
+/// What sessions may reach beside their model.
+fn egress(config: &Config) -> EgressConfig {
+    const POSTGRES: u16 = 5432;
+    let allow = config.egress_allow.clone();
+    if !allow.is_empty() {
+        tracing::info!(%allow, "sessions reach other hosts than their model's (EGRESS_ALLOW)");
+    }
+    let url = config.database_url.as_ref().and_then(|url| url::Url::parse(url.expose_secret()).ok());
+    let database = url.and_then(|url| {
+        let port = url.port().unwrap_or(POSTGRES);
+        // One that is reached by a Unix socket has no host.
+        Target::parse(&format!("{}:{port}", url.host_str().filter(|host| !host.is_empty())?))
+    });
+    EgressConfig { allow, database, ..EgressConfig::default() }
+}
+
 /// Starts what tells the backend, where there is one.
 fn notifier(
     config: &Config,
@@ -550,6 +574,8 @@ fn max_open(config: &Config, protections: &Protections) -> usize {
 struct Ready {
     mode: SandboxMode,
     protections: Protections,
+    /// How many entries `EGRESS_ALLOW` has.
+    egress: usize,
     auth: Auth,
     /// `SESSIONS_STREAM_UNAUTHENTICATED`
     open_streams: bool,
@@ -607,9 +633,14 @@ impl Ready {
             ),
             None => checks.with("opencode", "ok", Some("not started yet")),
         };
-        checks = match self.protections.state(self.mode) {
-            ("failed", detail) => checks.failing("sandbox", "failed", Some(&detail)),
-            (state, detail) => checks.with("sandbox", state, Some(&detail)),
+        let (state, mut detail) = self.protections.state(self.mode);
+        if self.egress > 0 {
+            // Not which: nobody has to show who they are to read this.
+            detail.push_str(&format!("; EGRESS_ALLOW opens other hosts (entries: {})", self.egress));
+        }
+        checks = match state {
+            "failed" => checks.failing("sandbox", state, Some(&detail)),
+            _ => checks.with("sandbox", state, Some(&detail)),
         };
         checks = match is_ephemeral(&self.state_dir) {
             Some(false) => checks.with("state", "durable", None),

@@ -8,6 +8,7 @@ mod reference;
 
 pub use reference::{Variable, not_yet, reference};
 
+use crate::model::destination::{Destinations, Ports, Reach, Target};
 use crate::model::task::{LEAST_CPU_MILLIS, LEAST_DISK, LEAST_MEMORY, LEAST_PIDS, Limits, Provider};
 use crate::secrets::{Keyring, SealingKey, Sources, TokenKeys, TokenSource};
 use crate::telemetry::LogFormat;
@@ -84,8 +85,12 @@ pub struct Config {
     pub sandbox: SandboxMode,
     /// What has to be in force with `SANDBOX=required`, by name.
     pub sandbox_require: Vec<String>,
+    /// What sessions may reach beside their model: `EGRESS_ALLOW`.
+    pub egress_allow: Destinations,
     pub opencode_command: Option<PathBuf>,
     pub default_model: Option<DefaultModel>,
+    /// `MODEL_ENDPOINT_ALLOW` alone; see [`Config::model_endpoints`].
+    pub model_endpoint_allow: Destinations,
     /// Opens keys that come encrypted; `None`: such are refused.
     pub keyring: Option<Keyring>,
     /// What callers show; files are not read here.
@@ -103,6 +108,7 @@ pub struct Config {
     pub model_header_timeout: Duration,
     pub model_idle_timeout: Duration,
     pub model_max_failures: u32,
+    pub model_calls_per_minute: u32,
     /// Ceilings of each execution.
     pub limits: Limits,
 }
@@ -192,8 +198,10 @@ impl Config {
                 ],
             ),
             sandbox_require: r.words("SANDBOX_REQUIRE", PROTECTIONS),
+            egress_allow: r.destinations("EGRESS_ALLOW", Ports::Required),
             opencode_command: r.path("OPENCODE_COMMAND"),
             default_model: default_model(&mut r),
+            model_endpoint_allow: r.destinations("MODEL_ENDPOINT_ALLOW", Ports::Optional),
             keyring: keyring(&mut r),
             credentials: credentials(&mut r),
             backend_api_url: r.optional("BACKEND_API_URL", PLAIN_URL, endpoint),
@@ -204,6 +212,7 @@ impl Config {
             model_header_timeout: r.seconds("MODEL_HEADER_TIMEOUT", HOUR),
             model_idle_timeout: r.seconds("MODEL_IDLE_TIMEOUT", HOUR),
             model_max_failures: r.number("MODEL_MAX_FAILURES", 1, 1_000),
+            model_calls_per_minute: r.number("MODEL_CALLS_PER_MINUTE", 1, 100_000),
             limits: Limits {
                 model_calls: r.number("SESSION_MODEL_CALLS", 1, 1_000_000),
                 total_tokens: r.number("SESSION_TOTAL_TOKENS", 1, 1_000_000_000_000),
@@ -229,6 +238,20 @@ impl Config {
     pub fn session_uids(&self) -> usize {
         let range = &self.session_uid_range;
         usize::try_from(range.end() - range.start()).map_or(usize::MAX, |beyond_the_first| beyond_the_first + 1)
+    }
+
+    /// Where models may be called: what is allowed, and the default model's own endpoint, which its operator means
+    /// wherever it is. A provider's public one was not chosen, and has to be public.
+    pub fn model_endpoints(&self) -> Destinations {
+        let mut endpoints = self.model_endpoint_allow.clone();
+        if let Some(model) = &self.default_model
+            && let Some(target) = Target::of_url(&model.endpoint)
+        {
+            let public = model.provider.default_endpoint().and_then(endpoint).and_then(|url| Target::of_url(&url));
+            let reach = if public.as_ref() == Some(&target) { Reach::Public } else { Reach::Anywhere };
+            endpoints.add(target, reach);
+        }
+        endpoints
     }
 }
 

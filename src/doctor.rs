@@ -100,7 +100,10 @@ pub async fn examine(executable: PathBuf, config: Result<Config, impl Error>) ->
             kernel(&mut report, offers.as_ref());
             resources(&mut report, &foreseen);
             match &config {
-                Ok(config) => required(&mut report, config, sandbox).await,
+                Ok(config) => {
+                    required(&mut report, config, sandbox).await;
+                    egress(&mut report, config);
+                }
                 Err(_) => unread(&mut report, "SANDBOX_REQUIRE"),
             }
         }
@@ -274,6 +277,17 @@ async fn required(report: &mut Report, config: &Config, sandbox: &Sandbox) {
         (None, _) => report.add("SANDBOX_REQUIRE", State::Ok, format!("all of it is here: {list}")),
     }
     report.protections = protections.names;
+}
+
+/// What a session reaches beside its model.
+fn egress(report: &mut Report, config: &Config) {
+    let allow = &config.egress_allow;
+    let detail = match (allow.is_empty(), config.sandbox) {
+        (_, SandboxMode::Off) => "SANDBOX=off: whatever this machine reaches".to_owned(),
+        (true, _) => "nothing but the model is reached".to_owned(),
+        (false, _) => format!("beside the model these are reached: {allow}"),
+    };
+    report.add("EGRESS_ALLOW", State::Ok, detail);
 }
 
 /// The two directories.

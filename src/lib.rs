@@ -20,7 +20,7 @@
 //! | | [`store`] | Postgres: migrations, queries, the embedded server |
 //! | services | [`events`] | the log of each execution: one way in, one way out |
 //! | | [`opencode`] | starts `opencode serve`, talks to it, understands what it says |
-//! | | [`broker`] | stands between a session and its model; holds the key, counts the calls |
+//! | | [`broker`] | stands between a session and its model; holds the key, counts the calls; the proxy to other hosts |
 //! | orchestration | [`sessions`] | one OpenCode process each, and one run in it after another |
 //! | | [`executions`] | takes in, queues, runs, cancels, ends, forgets |
 //! | edges | [`api`] | HTTP: requests into calls, results into answers, logs into streams |
@@ -80,6 +80,7 @@
 //! | how processes are ended, and how that is known | `sandbox::process`, [`sandbox::jail`] |
 //! | whom a session runs as, and how its files are shared | `sessions::identity`, `sessions::private`, [`sandbox::errand`] |
 //! | what a session may not do | `sessions::confinement`, then [`sandbox::confine`] |
+//! | what a session reaches beside its model | `broker::egress`, then `sessions::egress` for how it is told |
 //! | which routes there are | [`api::openapi`], and the handlers in [`api::tasks`] and [`api::stream`] |
 //! | the pages for people | `docs/`, and `api::pages`, which serves them; `tests/it/docs` holds them to the code |
 //! | how the backend learns of a status | `store::callbacks`, where it is kept, and [`notify`], which tells it |

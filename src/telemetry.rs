@@ -163,6 +163,81 @@ impl AuthRefusal {
     }
 }
 
+/// What became of an attempt of a session's to reach another host than its model's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EgressOutcome {
+    /// A tunnel was opened.
+    Opened,
+    /// It may not.
+    Refused,
+    /// It may, but the host was not reached.
+    Failed,
+}
+
+impl EgressOutcome {
+    const ALL: [Self; 3] = [Self::Opened, Self::Refused, Self::Failed];
+
+    /// The word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Opened => "opened",
+            Self::Refused => "refused",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// Which way bytes went through a tunnel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EgressDirection {
+    /// From the session.
+    Sent,
+    /// To it.
+    Received,
+}
+
+impl EgressDirection {
+    const ALL: [Self; 2] = [Self::Sent, Self::Received];
+
+    /// The word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Sent => "sent",
+            Self::Received => "received",
+        }
+    }
+}
+
+/// Why the broker did not do what a session's process asked for, as the metrics count it. What is over a limit is a
+/// [`ModelCallOutcome::OverLimit`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BrokerRefusal {
+    /// No session has its token.
+    Token,
+    /// It is none of the provider's paths, or not their method.
+    Path,
+    /// Its body is too long, or no call of a model.
+    Body,
+    /// It names another model than the execution's.
+    Model,
+    /// The model's host may not be called, or has no address that may.
+    Endpoint,
+}
+
+impl BrokerRefusal {
+    const ALL: [Self; 5] = [Self::Token, Self::Path, Self::Body, Self::Model, Self::Endpoint];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Token => "token",
+            Self::Path => "path",
+            Self::Body => "body",
+            Self::Model => "model",
+            Self::Endpoint => "endpoint",
+        }
+    }
+}
+
 /// The sidecar's metrics. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Metrics(Arc<Inner>);
@@ -182,6 +257,9 @@ struct Inner {
     events: IntCounterVec,
     redacted: IntCounterVec,
     model_calls: IntCounterVec,
+    egress: IntCounterVec,
+    egress_bytes: IntCounterVec,
+    broker_refused: IntCounterVec,
     callbacks: IntCounterVec,
     callbacks_waiting: IntGauge,
     retention: IntCounterVec,
@@ -260,6 +338,13 @@ impl Metrics {
             events: make.counters("events_total", "Events appended to logs.", &["type"])?,
             redacted: make.counters("redacted_total", "Secrets that were kept out of the logs.", &["kind"])?,
             model_calls: make.counters("model_calls_total", "Calls of models through the broker.", &["outcome"])?,
+            egress: make.counters("egress_total", "Attempts of sessions to reach other hosts.", &["outcome"])?,
+            egress_bytes: make.counters("egress_bytes_total", "Bytes of sessions to and from them.", &["direction"])?,
+            broker_refused: make.counters(
+                "broker_refused_total",
+                "Calls of sessions that the broker refused.",
+                &["why"],
+            )?,
             callbacks: make.counters("callbacks_total", "Calls that tell the backend a status.", &["outcome"])?,
             callbacks_waiting: make.gauge(
                 &format!("{PREFIX}callbacks_waiting"),
@@ -283,6 +368,15 @@ impl Metrics {
         }
         for outcome in ModelCallOutcome::ALL {
             inner.model_calls.with_label_values(&[outcome.as_str()]);
+        }
+        for outcome in EgressOutcome::ALL {
+            inner.egress.with_label_values(&[outcome.as_str()]);
+        }
+        for direction in EgressDirection::ALL {
+            inner.egress_bytes.with_label_values(&[direction.as_str()]);
+        }
+        for why in BrokerRefusal::ALL {
+            inner.broker_refused.with_label_values(&[why.as_str()]);
         }
         for outcome in CallbackOutcome::ALL {
             inner.callbacks.with_label_values(&[outcome.as_str()]);
@@ -358,6 +452,21 @@ impl Metrics {
         self.0.model_calls.with_label_values(&[outcome.as_str()]).inc();
     }
 
+    /// A session tried to reach another host than its model's.
+    pub fn egress(&self, outcome: EgressOutcome) {
+        self.0.egress.with_label_values(&[outcome.as_str()]).inc();
+    }
+
+    /// So many bytes passed through a tunnel.
+    pub fn egress_bytes(&self, direction: EgressDirection, bytes: usize) {
+        self.0.egress_bytes.with_label_values(&[direction.as_str()]).inc_by(u64::try_from(bytes).unwrap_or(0));
+    }
+
+    /// The broker refused what a session's process asked for.
+    pub fn broker_refused(&self, why: BrokerRefusal) {
+        self.0.broker_refused.with_label_values(&[why.as_str()]).inc();
+    }
+
     /// A call that tells the backend a change of status ended.
     pub fn callback(&self, outcome: CallbackOutcome) {
         self.0.callbacks.with_label_values(&[outcome.as_str()]).inc();
@@ -418,6 +527,9 @@ mod tests {
             "opencode_sidecar_queue_wait_seconds_count 0",
             "opencode_sidecar_events_total{type=\"stdout\"} 0",
             "opencode_sidecar_model_calls_total{outcome=\"ok\"} 0",
+            "opencode_sidecar_egress_total{outcome=\"opened\"} 0",
+            "opencode_sidecar_egress_bytes_total{direction=\"sent\"} 0",
+            "opencode_sidecar_broker_refused_total{why=\"endpoint\"} 0",
             "opencode_sidecar_callbacks_total{outcome=\"failed\"} 0",
             "opencode_sidecar_callbacks_waiting 0",
             "opencode_sidecar_retention_removed_total{kind=\"session\"} 0",
@@ -434,6 +546,9 @@ mod tests {
         metrics.queue_waited(Duration::from_millis(1));
         metrics.event(EventType::Stdout);
         metrics.model_call(ModelCallOutcome::Refused);
+        metrics.egress(EgressOutcome::Refused);
+        metrics.egress_bytes(EgressDirection::Received, 7);
+        metrics.broker_refused(BrokerRefusal::Path);
         metrics.callback(CallbackOutcome::Delivered);
         metrics.set_callbacks_waiting(4);
         metrics.retention_removed(1, 2, 3, 4);
@@ -453,6 +568,9 @@ mod tests {
             "opencode_sidecar_queue_wait_seconds_count 1",
             "opencode_sidecar_events_total{type=\"stdout\"} 1",
             "opencode_sidecar_model_calls_total{outcome=\"refused\"} 1",
+            "opencode_sidecar_egress_total{outcome=\"refused\"} 1",
+            "opencode_sidecar_egress_bytes_total{direction=\"received\"} 7",
+            "opencode_sidecar_broker_refused_total{why=\"path\"} 1",
             "opencode_sidecar_callbacks_total{outcome=\"delivered\"} 1",
             "opencode_sidecar_callbacks_waiting 4",
             "opencode_sidecar_retention_removed_total{kind=\"execution\"} 2",

@@ -1,16 +1,17 @@
 //! The benchmarks: each measures both sides in one run, and prints a table with the ratio and the target.
 //!
 //! `cargo bench --bench sidecar [-- NAME …]` runs those whose names contain one of the words: `task`, `health`, `idle`,
-//! `stream`, `session`, `spawn`, `kill`, `ship`, `journal`. `BENCH_ROUNDS` sets how often each measurement is repeated. No
+//! `stream`, `session`, `spawn`, `kill`, `ship`, `journal`, `broker`. `BENCH_ROUNDS` sets how often each measurement is repeated. No
 //! number is asserted: they are for people, and depend on what else the machine does.
 //!
 //! The sidecar is the release build of the binary, as a process of its own, with an embedded Postgres. OpenCode is the
 //! real one (OPENCODE_COMMAND, `opencode` in PATH, or the package under `sidecars/opencode-server`); its provider is
-//! the scripted model, in this process. `ship` and `journal` measure parts of the library, also in this process, with a
-//! Postgres beside it.
+//! the scripted model, in this process. `ship`, `journal` and `broker` measure parts of the library, also in this
+//! process, the first two with a Postgres beside it.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a benchmark that cannot go on ends")]
 
+mod broker;
 mod direct;
 mod health;
 mod idle;
@@ -77,7 +78,7 @@ fn main() {
     runtime.block_on(async {
         let world = World::new().await;
         println!("{}", Machine::now());
-        let all = ["task", "health", "idle", "stream", "session", "spawn", "kill", "ship", "journal"];
+        let all = ["task", "health", "idle", "stream", "session", "spawn", "kill", "ship", "journal", "broker"];
         for name in all.into_iter().filter(|name| chosen(name)) {
             let run = async {
                 match name {
@@ -88,6 +89,7 @@ fn main() {
                     "spawn" => spawn::run(&world).await,
                     "kill" => kill::run(&world).await,
                     "ship" => ship::run(&world).await,
+                    "broker" => broker::run(&world).await,
                     "journal" => journal::run(&world).await,
                     _ => session::run(&world).await,
                 }

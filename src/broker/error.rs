@@ -1,6 +1,7 @@
 //! What goes wrong between a session and its model, in words of our own: stable codes, a sentence for the user, and
 //! what a provider said only where it can be quoted without a key in it.
 
+use super::destination::Refused;
 use chrono::{DateTime, Utc};
 use hyper::{HeaderMap, StatusCode};
 use secrecy::{ExposeSecret, SecretString};
@@ -55,7 +56,7 @@ const QUOTE: usize = 300;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct ModelError {
-    /// One of `model_auth`, `model_rate_limited`, `model_rejected`, `model_unavailable`, `model_unreachable`,
+    /// One of `model_auth`, `model_endpoint_refused`, `model_rate_limited`, `model_rejected`, `model_unavailable`, `model_unreachable`,
     /// `model_timeout`, `model_bad_response`, `model_cut`, `model_unfinished`.
     pub code: &'static str,
     /// A sentence for the user. Neither key nor prompt is in it.
@@ -104,6 +105,18 @@ impl ModelError {
 
     pub(super) fn bad_response(what: &str) -> Self {
         Self::new("model_bad_response", true, format!("the model provider's answer cannot be read: {what}"))
+    }
+
+    /// The code where a host may not be called.
+    pub(super) const ENDPOINT: &str = "model_endpoint_refused";
+
+    /// The provider's host may not be called.
+    pub(super) fn endpoint(refused: &Refused) -> Self {
+        Self::new(
+            Self::ENDPOINT,
+            false,
+            format!("the model's endpoint is not called: {refused} (MODEL_ENDPOINT_ALLOW)"),
+        )
     }
 
     pub(super) fn bad_key() -> Self {
@@ -182,6 +195,7 @@ impl ModelError {
         }
         let message = match self.code {
             "model_auth" => "the model provider refused the key",
+            Self::ENDPOINT => "the model's endpoint is not allowed",
             "model_rate_limited" => "the quota at the model provider is used up",
             "model_unavailable" => "the model provider is not available",
             _ => "the model provider rejected the call",
@@ -213,6 +227,7 @@ impl ModelError {
             "model_timeout" => StatusCode::GATEWAY_TIMEOUT,
             "model_rejected" => StatusCode::BAD_REQUEST,
             "model_auth" => StatusCode::UNAUTHORIZED,
+            Self::ENDPOINT => StatusCode::FORBIDDEN,
             "model_rate_limited" if self.transient => StatusCode::TOO_MANY_REQUESTS,
             "model_rate_limited" => StatusCode::PAYMENT_REQUIRED,
             _ => StatusCode::BAD_GATEWAY,

@@ -4,8 +4,8 @@ use super::error::{ModelError, Said, body};
 use super::observe::{Api, Form, Observer};
 use super::server::refuse;
 use super::session::{Call, Exhausted, Failed, Session};
-use super::{BrokerConfig, BrokerError, Inner, Upstream, dialect, priming};
-use crate::model::task::Provider;
+use super::{BrokerConfig, Inner, Upstream, dialect, outward, priming};
+use crate::telemetry::{BrokerRefusal, ModelCallOutcome};
 use axum::body::Body;
 use bytes::{Bytes, BytesMut};
 use chrono::Utc;
@@ -13,65 +13,18 @@ use futures_util::stream::BoxStream;
 use futures_util::{Stream, StreamExt};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Incoming;
-use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
+use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::{Request, Response, StatusCode};
-use rustls_platform_verifier::BuilderVerifierExt;
-use secrecy::ExposeSecret;
 use serde::Deserialize;
-use std::error::Error;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::timeout;
-use url::Url;
 
-/// Headers of a call that reach the provider; all others are the session's own affair.
-const FORWARDED: [&str; 8] = [
-    "accept",
-    "anthropic-beta",
-    "anthropic-version",
-    "content-type",
-    "http-referer",
-    "openai-beta",
-    "user-agent",
-    "x-title",
-];
 /// How much of an error body is read.
 const MAX_ERROR: usize = 64 * 1024;
 /// How much of an event is held back until the rest of it is there. A longer one is passed on as it comes.
 const MAX_HELD: usize = 64 * 1024;
-
-/// The client for all providers.
-///
-/// # Errors
-/// Where TLS or the client cannot be set up. A host without any root certificate is no error: only calls over TLS
-/// fail there.
-pub(super) fn client(config: &BrokerConfig) -> Result<reqwest::Client, BrokerError> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = || {
-        rustls::ClientConfig::builder_with_provider(Arc::clone(&provider))
-            .with_safe_default_protocol_versions()
-            .map_err(BrokerError::Tls)
-    };
-    let mut tls = match builder()?.with_platform_verifier() {
-        Ok(builder) => builder.with_no_client_auth(),
-        Err(error) => {
-            tracing::warn!(%error, "no root certificates: model providers cannot be reached over TLS");
-            builder()?.with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth()
-        }
-    };
-    tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    reqwest::Client::builder()
-        .tls_backend_preconfigured(tls)
-        .connect_timeout(config.connect_timeout)
-        .redirect(reqwest::redirect::Policy::none())
-        // Every call that reaches a provider is one that was counted.
-        .retry(reqwest::retry::never())
-        .no_proxy()
-        .referer(false)
-        .build()
-        .map_err(BrokerError::Client)
-}
 
 /// What the broker reads of a call.
 #[derive(Deserialize)]
@@ -96,12 +49,14 @@ pub(super) async fn forward(
     let body = match Limited::new(body, inner.config.max_body).collect().await {
         Ok(body) => body.to_bytes(),
         Err(error) if error.is::<LengthLimitError>() => {
+            inner.metrics.broker_refused(BrokerRefusal::Body);
             let message = "the call is longer than the broker takes";
             return refuse(StatusCode::PAYLOAD_TOO_LARGE, message, "invalid_request_error", "request_too_large");
         }
         Err(_) => return refuse(StatusCode::BAD_REQUEST, "the body broke off", "invalid_request_error", "bad_request"),
     };
     let Ok(peek) = serde_json::from_slice::<Peek>(&body) else {
+        inner.metrics.broker_refused(BrokerRefusal::Body);
         let message = "the body is no call of a model";
         return refuse(StatusCode::BAD_REQUEST, message, "invalid_request_error", "bad_request");
     };
@@ -110,22 +65,34 @@ pub(super) async fn forward(
     }
     let mut call = match session.admit(slot) {
         Ok(call) => call,
-        Err(exhausted) => return refused(exhausted),
+        Err(exhausted) => {
+            inner.metrics.model_call(ModelCallOutcome::OverLimit);
+            return refused(exhausted);
+        }
     };
     let upstream = &session.upstream;
     if !upstream.model.is_empty() && peek.model != upstream.model {
+        inner.metrics.broker_refused(BrokerRefusal::Model);
         let error = ModelError::rejected("another model was called than the one that the execution was given");
         return failed(&mut call, error, &Said::default());
     }
-    let headers = match headers(upstream, &parts.headers) {
-        Ok(headers) => headers,
-        Err(error) => return failed(&mut call, error, &Said::default()),
+    let outward = match outward::call(inner, upstream, api, &parts.headers) {
+        Ok(outward) => outward,
+        Err(error) => {
+            inner.metrics.broker_refused(BrokerRefusal::Endpoint);
+            return failed(&mut call, error, &Said::default());
+        }
     };
     let body = dialect::spoken(upstream.provider, &upstream.endpoint, body);
-    let sent = inner.client.post(url(&upstream.endpoint, api, parts.uri.query())).headers(headers).body(body).send();
-    let answer = match timeout(inner.config.header_timeout, sent).await {
+    let answer = match timeout(inner.config.header_timeout, outward.body(body).send()).await {
         Ok(Ok(answer)) => answer,
-        Ok(Err(error)) => return failed(&mut call, unanswered(&error, &upstream.endpoint), &Said::default()),
+        Ok(Err(error)) => {
+            let error = outward::unanswered(&error, &upstream.endpoint);
+            if error.code == ModelError::ENDPOINT {
+                inner.metrics.broker_refused(BrokerRefusal::Endpoint);
+            }
+            return failed(&mut call, error, &Said::default());
+        }
         Err(_) => {
             return failed(&mut call, ModelError::no_headers(inner.config.header_timeout), &Said::default());
         }
@@ -136,74 +103,6 @@ pub(super) async fn forward(
     } else {
         not_ok(call, upstream, answer, &inner.config).await
     }
-}
-
-fn url(endpoint: &Url, api: Api, query: Option<&str>) -> Url {
-    let mut url = endpoint.clone();
-    let rest = match api {
-        Api::Chat => "chat/completions",
-        Api::Messages => "messages",
-        Api::Responses => "responses",
-    };
-    let path = format!("{}/{rest}", endpoint.path().trim_end_matches('/'));
-    url.set_path(&path);
-    if url.query().is_none() {
-        url.set_query(query);
-    }
-    url.set_fragment(None);
-    // A user and password in the URL would be sent as a credential beside the key. An HTTP URL can lose them.
-    let _ = url.set_username("");
-    let _ = url.set_password(None);
-    url
-}
-
-fn headers(upstream: &Upstream, from: &HeaderMap) -> Result<HeaderMap, ModelError> {
-    let mut headers = HeaderMap::new();
-    for name in FORWARDED {
-        for value in from.get_all(name) {
-            headers.append(HeaderName::from_static(name), value.clone());
-        }
-    }
-    // So that the answer can be read along.
-    headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-    let key = upstream.api_key.expose_secret();
-    if !key.is_empty() {
-        let (name, value) = match upstream.provider {
-            Provider::Anthropic => (HeaderName::from_static("x-api-key"), HeaderValue::from_str(key)),
-            _ => (header::AUTHORIZATION, HeaderValue::from_str(&format!("Bearer {key}"))),
-        };
-        let mut value = value.map_err(|_| ModelError::bad_key())?;
-        value.set_sensitive(true);
-        headers.insert(name, value);
-    }
-    Ok(headers)
-}
-
-/// The error for a call that got no answer.
-fn unanswered(error: &reqwest::Error, endpoint: &Url) -> ModelError {
-    if !error.is_connect() {
-        return ModelError::closed_early();
-    }
-    let mut said = String::new();
-    let mut cause: Option<&dyn Error> = Some(error);
-    while let Some(error) = cause {
-        said.push_str(&error.to_string().to_lowercase());
-        said.push(' ');
-        cause = error.source();
-    }
-    let is = |word: &str| said.contains(word);
-    let detail = if error.is_timeout() {
-        "no connection in time"
-    } else if is("dns") || is("lookup") {
-        "its name is not known"
-    } else if is("certificate") || is("tls") || is("handshake") {
-        "no TLS connection"
-    } else if is("refused") {
-        "connection refused"
-    } else {
-        "no connection"
-    };
-    ModelError::unreachable(endpoint.host_str().unwrap_or("an endpoint without a host"), detail)
 }
 
 /// OpenCode does not repeat a call that got this status.

@@ -3,27 +3,33 @@
 //! Sessions talk to it on loopback, each with a token that is worth nothing elsewhere. It puts the provider's key
 //! on their calls, counts and bounds them, and says in typed words what goes wrong. It changes no byte of an answer
 //! and holds no event back: only a small observer reads along. An answer that fails in its middle keeps what came, and
-//! ends with an event that says so. It also takes the shell taps' uploads, unread.
+//! ends with an event that says so. It also takes the shell taps' uploads, unread, and is the sessions' proxy to what
+//! else they may reach.
 //!
 //! It does not know executions, OpenCode's own interface, or what is in a shell tap's frames. It logs no key, no
 //! prompt and no answer. No proxy is taken from the environment: calls go where the grant says and nowhere else.
 
+pub mod destination;
+
 mod dialect;
+mod egress;
 mod error;
 mod forward;
 mod observe;
+mod outward;
 mod priming;
 mod server;
 mod session;
 
+pub use egress::{EgressConfig, Refusal, Why};
 pub use error::ModelError;
 pub use session::{Exhausted, Facts, Lease, Outcome, Report, ShellCall};
 
 use crate::model::task::Provider;
 use crate::tasks::Tasks;
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use rand::RngCore;
+use crate::telemetry::Metrics;
+use destination::{Destinations, Names};
+use outward::Clients;
 use secrecy::SecretString;
 use session::Session;
 use std::collections::HashMap;
@@ -53,6 +59,14 @@ pub struct BrokerConfig {
     pub longest_wait: Duration,
     /// Longest body of a call, in bytes.
     pub max_body: usize,
+    /// What sessions may reach beside their model.
+    pub egress: EgressConfig,
+    /// Calls of one session that begin within any minute of one execution. One more exhausts it.
+    pub calls_per_minute: u32,
+    /// The hosts that may be called.
+    pub destinations: Destinations,
+    /// Who tells their addresses.
+    pub names: Names,
 }
 
 impl Default for BrokerConfig {
@@ -64,6 +78,10 @@ impl Default for BrokerConfig {
             max_failures: 5,
             longest_wait: Duration::from_secs(300),
             max_body: 32 * 1024 * 1024,
+            egress: EgressConfig::default(),
+            calls_per_minute: 300,
+            destinations: Destinations::default(),
+            names: Names::default(),
         }
     }
 }
@@ -125,7 +143,8 @@ type Sessions = watch::Sender<HashMap<u64, Arc<Session>>>;
 struct Inner {
     address: SocketAddr,
     config: BrokerConfig,
-    client: reqwest::Client,
+    clients: Clients,
+    metrics: Metrics,
     sessions: Sessions,
     next_id: AtomicU64,
 }
@@ -142,12 +161,12 @@ impl Broker {
     ///
     /// # Errors
     /// [`BrokerError`], where no port can be had or TLS cannot be set up.
-    pub async fn start(tasks: &Tasks, config: BrokerConfig) -> Result<Self, BrokerError> {
-        let client = forward::client(&config)?;
+    pub async fn start(tasks: &Tasks, metrics: Metrics, config: BrokerConfig) -> Result<Self, BrokerError> {
+        let clients = Clients::new(&config)?;
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(BrokerError::Listen)?;
         let address = listener.local_addr().map_err(BrokerError::Listen)?;
         let sessions = Sessions::default();
-        let inner = Arc::new(Inner { address, config, client, sessions, next_id: AtomicU64::new(0) });
+        let inner = Arc::new(Inner { address, config, clients, metrics, sessions, next_id: AtomicU64::new(0) });
         tasks.spawn("broker", server::serve(tasks.clone(), listener, Arc::clone(&inner)));
         Ok(Self { inner })
     }
@@ -159,11 +178,10 @@ impl Broker {
 
     /// Opens the broker for a session, for as long as the lease lives.
     pub fn open(&self, grant: Grant) -> Lease {
-        let mut bytes = [0; 32];
-        rand::rng().fill_bytes(&mut bytes);
-        let token = SecretString::from(URL_SAFE_NO_PAD.encode(bytes));
+        let token = session::token();
+        let way = egress::Way::new(&self.inner.config.egress);
         let id = self.inner.next_id.fetch_add(1, Ordering::Relaxed);
-        let session = Arc::new(Session::new(grant, &token, self.inner.config.max_failures));
+        let session = Arc::new(Session::new(grant, &token, way, &self.inner.config));
         self.inner.sessions.send_modify(|sessions| {
             sessions.insert(id, Arc::clone(&session));
         });

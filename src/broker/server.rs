@@ -3,8 +3,9 @@
 use super::error::body;
 use super::observe::Api;
 use super::session::{Session, ShellCall};
-use super::{Inner, forward};
+use super::{Inner, egress, forward};
 use crate::tasks::Tasks;
+use crate::telemetry::BrokerRefusal;
 use axum::body::Body;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -25,6 +26,8 @@ const UNCLAIMED: Duration = Duration::from_secs(30);
 /// Pieces of a shell tap's upload that wait to be taken, each at most [`READ_BUFFER`] long.
 const SHELL_PIECES: usize = 16;
 const READ_BUFFER: usize = 64 * 1024;
+/// Longest head of a request, in bytes.
+const MAX_HEAD: usize = 32 * 1024;
 
 /// The session that a connection last showed the token of.
 type Claim = watch::Sender<Option<CancellationToken>>;
@@ -74,19 +77,29 @@ async fn connection(stream: TcpStream, inner: Arc<Inner>, end: CancellationToken
     let _ = stream.set_nodelay(true);
     let claim = Claim::default();
     let claimed = claim.subscribe();
+    let place = egress::Place::default();
+    let granted = place.clone();
     let service = service_fn(move |request| {
-        let (inner, claim) = (Arc::clone(&inner), claim.clone());
-        async move { Ok::<_, Infallible>(handle(inner, &claim, request).await) }
+        let (inner, claim, place) = (Arc::clone(&inner), claim.clone(), place.clone());
+        async move { Ok::<_, Infallible>(handle(inner, &claim, &place, request).await) }
     });
     let served = hyper::server::conn::http1::Builder::new()
         .max_buf_size(READ_BUFFER)
-        .serve_connection(TokioIo::new(stream), service);
+        .max_header_size(MAX_HEAD)
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
     tokio::select! {
         // Clients that go away and answers that are cut end in an error here; their calls have said so already.
         _ = served => {}
         () = closed(claimed.clone()) => {}
         () = unclaimed(claimed) => {}
         () = end.cancelled() => {}
+    }
+    if let Some(tunnel) = granted.take() {
+        tokio::select! {
+            () = tunnel.run() => {}
+            () = end.cancelled() => {}
+        }
     }
 }
 
@@ -135,30 +148,53 @@ fn token(headers: &HeaderMap) -> Option<&str> {
     bearer.or_else(|| headers.get("x-api-key").and_then(|value| value.to_str().ok()))
 }
 
-fn session(inner: &Inner, headers: &HeaderMap) -> Option<Arc<Session>> {
-    let token = token(headers)?;
-    // Every session is looked at, so that the time says nothing of which one it was.
-    inner.sessions.borrow().values().fold(None, |found, session| {
-        let matches = session.has_token(token);
-        if matches { Some(Arc::clone(session)) } else { found }
-    })
+impl Inner {
+    /// The session that fits. Every one is looked at, so that the time says nothing of which one it was.
+    pub(super) fn session_with(&self, fits: impl Fn(&Session) -> bool) -> Option<Arc<Session>> {
+        self.sessions.borrow().values().fold(None, |found, session| {
+            let matches = fits(session);
+            if matches { Some(Arc::clone(session)) } else { found }
+        })
+    }
 }
 
-async fn handle(inner: Arc<Inner>, claim: &Claim, request: Request<Incoming>) -> Response<Body> {
+fn session(inner: &Inner, headers: &HeaderMap) -> Option<Arc<Session>> {
+    let token = token(headers)?;
+    inner.session_with(|session| session.has_token(token))
+}
+
+async fn handle(inner: Arc<Inner>, claim: &Claim, place: &egress::Place, request: Request<Incoming>) -> Response<Body> {
+    if egress::is_meant(&request, inner.address) {
+        let Some(session) = egress::session(&inner, request.headers()) else {
+            return egress::unauthenticated(&inner, request.headers());
+        };
+        claim.send_replace(Some(session.closed.clone()));
+        session.touch();
+        return egress::answer(&inner, &session, place, request).await;
+    }
     let Some(session) = session(&inner, request.headers()) else {
+        inner.metrics.broker_refused(BrokerRefusal::Token);
         return refuse(StatusCode::UNAUTHORIZED, "unauthorized", "unauthorized", "unauthorized");
     };
     claim.send_replace(Some(session.closed.clone()));
     session.touch();
+    let not_here = |status, message, code| {
+        inner.metrics.broker_refused(BrokerRefusal::Path);
+        refuse(status, message, code, code)
+    };
+    // Providers have switches in the query of which nobody here knows what they do.
+    if request.uri().query().is_some() {
+        return not_here(StatusCode::NOT_FOUND, "no query is known here", "not_found");
+    }
     let api = match request.uri().path() {
         "/model/v1/chat/completions" => Some(Api::Chat),
         "/model/v1/messages" => Some(Api::Messages),
         "/model/v1/responses" => Some(Api::Responses),
         "/shell" => None,
-        _ => return refuse(StatusCode::NOT_FOUND, "not found", "not_found", "not_found"),
+        _ => return not_here(StatusCode::NOT_FOUND, "not found", "not_found"),
     };
     if request.method() != Method::POST {
-        return refuse(StatusCode::METHOD_NOT_ALLOWED, "only POST", "method_not_allowed", "method_not_allowed");
+        return not_here(StatusCode::METHOD_NOT_ALLOWED, "only POST", "method_not_allowed");
     }
     match api {
         Some(api) => forward::forward(&inner, &session, api, request).await,

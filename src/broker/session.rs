@@ -1,11 +1,16 @@
 //! What the broker knows of one session: its grant, its counters, and the lease that keeps it open.
 
+use super::egress::Way;
 use super::error::{ModelError, Said};
 use super::observe::Observer;
-use super::{Budget, Grant, Sessions, Upstream};
+use super::{BrokerConfig, Budget, Grant, Sessions, Upstream};
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::Bytes;
+use rand::RngCore;
 use secrecy::{ExposeSecret, SecretString};
 use sha2::{Digest, Sha256};
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,6 +25,8 @@ const MAX_IN_FLIGHT: usize = 16;
 const REPORTS: usize = 64;
 /// Shell calls that wait to be taken.
 const SHELL_CALLS: usize = 16;
+/// What [`BrokerConfig::calls_per_minute`] counts within.
+const MINUTE: Duration = Duration::from_secs(60);
 
 /// Why the broker refuses every further call of an execution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +35,8 @@ pub enum Exhausted {
     ModelCalls,
     /// [`Budget::total_tokens`] are used up and another call came.
     TotalTokens,
+    /// [`super::BrokerConfig::calls_per_minute`] began within a minute and another call came.
+    Rate,
     /// [`super::BrokerConfig::max_failures`] calls in a row failed.
     Failures,
 }
@@ -38,13 +47,14 @@ impl Exhausted {
         match self {
             Self::ModelCalls => "the execution has used up the model calls that it was allowed",
             Self::TotalTokens => "the execution has used up the tokens that it was allowed",
+            Self::Rate => "the execution has called the model more often within a minute than it is allowed",
             Self::Failures => "too many calls of the model failed in a row",
         }
     }
 
     pub(super) fn code(self) -> &'static str {
         match self {
-            Self::ModelCalls | Self::TotalTokens => "budget_exceeded",
+            Self::ModelCalls | Self::TotalTokens | Self::Rate => "budget_exceeded",
             Self::Failures => "model_error",
         }
     }
@@ -118,11 +128,26 @@ pub struct ShellCall {
     pub done: oneshot::Sender<()>,
 }
 
+/// When the calls of the last minute began, the oldest first; never more than may begin in one.
+#[derive(Debug, Default)]
+struct Recent(VecDeque<Instant>);
+
+impl Recent {
+    /// How many calls began within the minute before now.
+    fn count(&mut self, now: Instant) -> usize {
+        while self.0.front().is_some_and(|began| now.duration_since(*began) >= MINUTE) {
+            self.0.pop_front();
+        }
+        self.0.len()
+    }
+}
+
 #[derive(Debug)]
 struct Control {
     limits: Budget,
     /// Counts resets, so that a call of an earlier execution does not count for a later one.
     epoch: u64,
+    recent: Recent,
     priming: bool,
     reports: Option<mpsc::Sender<Report>>,
     shell_calls: Option<mpsc::Sender<ShellCall>>,
@@ -133,25 +158,36 @@ pub(super) struct Session {
     token: [u8; 32],
     pub(super) upstream: Upstream,
     max_failures: u32,
+    calls_per_minute: usize,
     control: Mutex<Control>,
     facts: watch::Sender<Facts>,
     pub(super) closed: CancellationToken,
     pub(super) slots: Arc<Semaphore>,
+    pub(super) way: Way,
 }
 
-fn digest(token: &str) -> [u8; 32] {
+/// A new one, of 256 bits.
+pub(super) fn token() -> SecretString {
+    let mut bytes = [0; 32];
+    rand::rng().fill_bytes(&mut bytes);
+    SecretString::from(URL_SAFE_NO_PAD.encode(bytes))
+}
+
+pub(super) fn digest(token: &str) -> [u8; 32] {
     Sha256::digest(token.as_bytes()).into()
 }
 
 impl Session {
-    pub(super) fn new(grant: Grant, token: &SecretString, max_failures: u32) -> Self {
+    pub(super) fn new(grant: Grant, token: &SecretString, way: Way, config: &BrokerConfig) -> Self {
         Self {
             token: digest(token.expose_secret()),
             upstream: grant.upstream,
-            max_failures,
+            max_failures: config.max_failures,
+            calls_per_minute: usize::try_from(config.calls_per_minute).unwrap_or(usize::MAX),
             control: Mutex::new(Control {
                 limits: grant.limits,
                 epoch: 0,
+                recent: Recent::default(),
                 priming: false,
                 reports: None,
                 shell_calls: None,
@@ -159,6 +195,7 @@ impl Session {
             facts: watch::Sender::new(Facts::new(0)),
             closed: CancellationToken::new(),
             slots: Arc::new(Semaphore::new(MAX_IN_FLIGHT)),
+            way,
         }
     }
 
@@ -185,10 +222,12 @@ impl Session {
 
     /// Counts a call, or says why there may be none.
     pub(super) fn admit(self: &Arc<Self>, slot: OwnedSemaphorePermit) -> Result<Call, Exhausted> {
-        let control = self.control();
+        let mut control = self.control();
+        let now = Instant::now();
+        let recent = control.recent.count(now);
         let mut admitted = Ok(0);
         self.facts.send_modify(|facts| {
-            facts.last_activity = Instant::now();
+            facts.last_activity = now;
             let tokens = facts.input_tokens.saturating_add(facts.output_tokens);
             let exhausted = if facts.exhausted.is_some() {
                 facts.exhausted
@@ -196,6 +235,8 @@ impl Session {
                 Some(Exhausted::ModelCalls)
             } else if tokens >= control.limits.total_tokens {
                 Some(Exhausted::TotalTokens)
+            } else if recent >= self.calls_per_minute {
+                Some(Exhausted::Rate)
             } else {
                 None
             };
@@ -203,6 +244,7 @@ impl Session {
             admitted = match exhausted {
                 Some(exhausted) => Err(exhausted),
                 None => {
+                    control.recent.0.push_back(now);
                     facts.calls += 1;
                     facts.in_flight += 1;
                     Ok(facts.calls)
@@ -213,7 +255,7 @@ impl Session {
             session: Arc::clone(self),
             epoch: control.epoch,
             number,
-            started: Instant::now(),
+            started: now,
             first_byte: None,
             observer: None,
             settled: false,
@@ -422,6 +464,14 @@ impl Lease {
         format!("http://{}/shell", self.address)
     }
 
+    pub(super) fn session(&self) -> &Session {
+        &self.session
+    }
+
+    pub(super) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     /// The session's counters, to read or to wait on.
     pub fn facts(&self) -> watch::Receiver<Facts> {
         self.session.facts.subscribe()
@@ -432,6 +482,8 @@ impl Lease {
         let mut control = self.session.control();
         control.limits = limits;
         control.epoch += 1;
+        self.session.way.reset();
+        control.recent = Recent::default();
         self.session.facts.send_modify(|facts| *facts = Facts::new(facts.in_flight));
     }
 
@@ -464,5 +516,21 @@ impl Drop for Lease {
             sessions.remove(&self.id);
         });
         self.session.closed.cancel();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_counts_for_a_minute_from_its_own_beginning() {
+        let start = Instant::now();
+        let mut recent = Recent::default();
+        for seconds in [0, 1, 59] {
+            recent.0.push_back(start + Duration::from_secs(seconds));
+        }
+        let mut at = |milliseconds| recent.count(start + Duration::from_millis(milliseconds));
+        assert_eq!([at(59_999), at(60_000), at(60_999), at(61_000), at(118_999), at(119_000)], [3, 2, 2, 1, 1, 0]);
     }
 }

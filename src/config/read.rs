@@ -2,6 +2,7 @@
 
 use super::reference::{self, REFERENCE};
 use super::{ConfigError, ConfigErrors, VISIBLE_ASCII, is_visible_ascii};
+use crate::model::destination::{Destinations, Ports};
 use crate::secrets::Source;
 use secrecy::SecretString;
 use std::ffi::OsString;
@@ -154,6 +155,30 @@ impl<'a> Reader<'a> {
             let words: Vec<String> = text.split(',').map(|word| word.trim().to_owned()).collect();
             words.iter().all(|word| known.contains(&word.as_str())).then_some(words)
         })
+    }
+
+    /// Hosts, separated by commas. Those of the default, which no operator has written, only where they are public. Each bad
+    /// one is told by its place.
+    pub(super) fn destinations(&mut self, name: &'static str, ports: Ports) -> Destinations {
+        let is_set = self.is_set(name);
+        let Some(list) = self.raw(name).or_else(|| reference::default_of(name).map(OsString::from)) else {
+            return Destinations::default();
+        };
+        // What is not UTF-8 is no host either way.
+        let list = list.to_string_lossy();
+        match Destinations::parse(&list, ports) {
+            Ok(destinations) if is_set => destinations,
+            Ok(destinations) => destinations.public_only(),
+            Err(_) => {
+                let bad: Vec<_> = Destinations::faults(&list, ports).iter().map(ToString::to_string).collect();
+                let expected = match ports {
+                    Ports::Required => "host:port or *.suffix:port, separated by commas",
+                    Ports::Optional => "hosts separated by commas, as models.example, 10.0.0.7:8080 or *.example:443",
+                };
+                self.fail(&[name], format!("{}; expected {expected}", bad.join("; ")));
+                Destinations::default()
+            }
+        }
     }
 
     pub(super) fn word<T: Copy>(&mut self, name: &'static str, words: &[(&str, T)]) -> T {

@@ -37,7 +37,7 @@ fn an_empty_environment_gives_the_contracts_defaults() {
         assert_eq!((c.log_level.as_str(), c.log_format), ("info", LogFormat::Json));
         assert_eq!(c.retention, Some(TimeDelta::days(30)));
         assert_eq!((c.max_concurrent_tasks, c.max_queued_tasks, c.warm_pool_size), (5, 100, 0));
-        assert_eq!((c.max_prompt_length, c.model_max_failures), (50_000, 5));
+        assert_eq!((c.max_prompt_length, c.model_max_failures, c.model_calls_per_minute), (50_000, 5, 300));
         assert_eq!(c.session_port_range, 20000..=20999);
         assert_eq!((c.session_uid_range.clone(), c.session_uids()), (61000..=63999, 3000));
         assert_eq!(c.sandbox, SandboxMode::Required);
@@ -146,6 +146,8 @@ fn each_variable_is_read_and_checked() {
         ("MODEL_HEADER_TIMEOUT", "5", &["0", "x"]),
         ("MODEL_IDLE_TIMEOUT", "5", &["0", "x"]),
         ("MODEL_MAX_FAILURES", "1", &["0", "x"]),
+        ("MODEL_CALLS_PER_MINUTE", "1", &["0", "100001", "x"]),
+        ("MODEL_ENDPOINT_ALLOW", "models.example, *.a.example:443,[::1]:8080", &["*", "http://h", "h,", "h:0", "::1"]),
         ("SESSION_MODEL_CALLS", "1", &["0", "x"]),
         ("SESSION_TOTAL_TOKENS", "1", &["0", "x"]),
         ("SESSION_OUTPUT_BYTES", "1 MiB", &["0", "x"]),
@@ -153,6 +155,19 @@ fn each_variable_is_read_and_checked() {
         ("SESSION_PIDS", "64", &["63", "x"]),
         ("SESSION_CPU_MILLIS", "1500", &["9", "x"]),
         ("SESSION_DISK_BYTES", "1 GiB", &["1", "x"]),
+        (
+            "EGRESS_ALLOW",
+            "registry.npmjs.org:443, *.example.com:443,10.0.0.1:8443,[::1]:80",
+            &[
+                "a.example",
+                "https://a.example:443",
+                "a.example:0",
+                "*:443",
+                "*.10.0.0.1:443",
+                "a.example:443,",
+                "a b:1",
+            ],
+        ),
         ("SANDBOX_REQUIRE", "cgroup, uid", &["landlock", "cgroup,"]),
     ];
     for (name, good, bads) in cases {
@@ -220,6 +235,30 @@ fn the_default_model_is_all_or_nothing() {
 }
 
 #[test]
+fn models_are_called_where_it_is_allowed() {
+    let reach = |set: &[(&'static str, &'static str)], target: &str| {
+        read(set).unwrap().model_endpoints().reach(&Target::parse(target).unwrap())
+    };
+    for own in ["api.openai.com:443", "api.anthropic.com:443"] {
+        assert_eq!(reach(&[], own), Some(Reach::Public));
+        assert_eq!(reach(&[("MODEL_ENDPOINT_ALLOW", "h")], own), None);
+        assert_eq!(reach(&[("MODEL_ENDPOINT_ALLOW", own)], own), Some(Reach::Anywhere));
+    }
+    for other in ["api.openai.com:80", "eu.api.openai.com:443", "127.0.0.1:443", "localhost:80"] {
+        assert_eq!(reach(&[], other), None, "{other}");
+    }
+    // The default model can always be called.
+    let mut model = MODEL.to_vec();
+    model.push(("MODEL_ENDPOINT_ALLOW", "h"));
+    assert_eq!(reach(&model, "api.openai.com:443"), Some(Reach::Public));
+    model.push(("OPENCODE_API_ENDPOINT", "http://127.0.0.1:8000/v1"));
+    assert_eq!(reach(&model, "127.0.0.1:8000"), Some(Reach::Anywhere));
+    assert_eq!((reach(&model, "127.0.0.1:8001"), reach(&model, "api.openai.com:443")), (None, None));
+    let errors = read(&[("MODEL_ENDPOINT_ALLOW", "h,hidden.*")]).unwrap_err().to_string();
+    assert!(errors.contains("entry 2 is no host") && !errors.contains("hidden"), "{errors}");
+}
+
+#[test]
 fn a_previous_key_needs_a_present_one() {
     let (name, older) = ("ENCRYPTION_KEY", "ENCRYPTION_KEY_PREVIOUS");
     assert!(read(&[]).unwrap().keyring.is_none());
@@ -270,6 +309,18 @@ fn ports_must_not_collide_or_run_out() {
 }
 
 #[test]
+fn every_bad_host_is_told_by_its_place() {
+    let errors = read(&[("EGRESS_ALLOW", "a.example:443,hidden,*.b.example:443,hidden:0")]).unwrap_err();
+    assert_eq!(
+        errors.to_string(),
+        "the environment is not valid\n  EGRESS_ALLOW: entry 2 has no port; \
+         entry 4 has no port from 1 to 65535 after its colon; expected host:port or *.suffix:port, separated by commas"
+    );
+    let read = read(&[("EGRESS_ALLOW", "A.example:443,*.b.example:443")]).unwrap();
+    assert_eq!(read.egress_allow.to_string(), "a.example:443, *.b.example:443");
+}
+
+#[test]
 fn what_cannot_be_honoured_is_refused() {
     for name in not_yet() {
         let errors = read(&[(name, "hidden-value")]).unwrap_err();
@@ -307,12 +358,12 @@ fn all_errors_come_at_once_in_order_and_show_no_value() {
             "OPENCODE_SHARED_SECRET",
             "JWT_SECRET",
             "SANDBOX",
+            "EGRESS_ALLOW",
             "OPENCODE_PROVIDER",
             "OPENCODE_MODEL",
             "OPENCODE_API_KEY",
             "ENCRYPTION_KEY",
-            "SESSION_OUTPUT_BYTES",
-            "EGRESS_ALLOW"
+            "SESSION_OUTPUT_BYTES"
         ]
     );
     assert!(!format!("{errors} {errors:?}").contains("hidden"), "{errors}");

@@ -3,6 +3,7 @@
 //! What this version cannot do is refused by the field's name, never skipped.
 
 use super::models;
+use crate::model::destination::Destinations;
 use crate::model::request::{LimitsRequest, ModelConfig, PermissionMode, TaskRequest};
 use crate::model::task::{LEAST_CPU_MILLIS, LEAST_DISK, LEAST_MEMORY, LEAST_PIDS, Limits, ModelChoice, Task};
 use crate::secrets::Keyring;
@@ -23,6 +24,8 @@ pub struct Ceilings {
     pub max_prompt_length: usize,
     pub limits: Limits,
     pub default_model: Option<(ModelChoice, SecretString)>,
+    /// Where models may be called.
+    pub endpoints: Destinations,
     /// Opens keys that come encrypted; `None`: such are refused.
     pub keyring: Option<Keyring>,
     /// Why memory, processes and disk of a session are not bounded here, and why its CPU time is not; `None`: they are.
@@ -142,7 +145,7 @@ pub(super) fn model(
     default: Option<&(ModelChoice, SecretString)>,
 ) -> Result<(ModelChoice, SecretString), FieldError> {
     match (config, default) {
-        (Some(config), _) => models::choose(config, ceilings.keyring.as_ref()),
+        (Some(config), _) => models::choose(config, &ceilings.endpoints, ceilings.keyring.as_ref()),
         (None, Some(default)) => Ok(default.clone()),
         (None, None) => {
             refuse("model_config", "is required: this sidecar has no default model (OPENCODE_PROVIDER, OPENCODE_MODEL)")
@@ -219,6 +222,7 @@ fn limits(asked: &LimitsRequest, ceilings: &Ceilings) -> Result<Limits, FieldErr
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::destination::Ports;
     use secrecy::ExposeSecret;
     use serde_json::{Value, json};
 
@@ -228,6 +232,7 @@ mod tests {
             max_prompt_length: 20,
             limits: Limits { output_bytes: 1000, model_calls: 10, total_tokens: 5000, ..Limits::default() },
             default_model: None,
+            endpoints: Destinations::parse("127.0.0.1", Ports::Optional).unwrap(),
             keyring: None,
             unheld: None,
             unheld_cpu: Some("no group".to_owned()),

@@ -3,6 +3,7 @@
 //! What a provider would get otherwise than it was asked for is refused here, by the field's name.
 
 use super::admit::{FieldError, name, non_empty, refuse};
+use crate::model::destination::{Destinations, Target};
 use crate::model::request::ModelConfig;
 use crate::model::task::{ModelChoice, Provider};
 use crate::opencode::profile::{MAX_OUTPUT, TOOLS, WRITING};
@@ -18,6 +19,7 @@ const MAX_KEY: usize = 4096;
 /// The first field that cannot be taken.
 pub(super) fn choose(
     config: ModelConfig,
+    endpoints: &Destinations,
     keyring: Option<&Keyring>,
 ) -> Result<(ModelChoice, SecretString), FieldError> {
     let Some(provider) = Provider::parse(&config.provider) else {
@@ -29,8 +31,9 @@ pub(super) fn choose(
         model_name("model_config.model_version", version)?;
     }
     let endpoint = match (non_empty(config.api_endpoint), provider.default_endpoint()) {
-        (Some(endpoint), _) => check_endpoint(&endpoint)?,
-        (None, Some(default)) => default.to_owned(),
+        (Some(endpoint), _) => check_endpoint(&endpoint, "model_config.api_endpoint", endpoints)?,
+        // What is wrong with it is who was asked for.
+        (None, Some(default)) => check_endpoint(default, "model_config.provider", endpoints)?,
         (None, None) => {
             return refuse("model_config.api_endpoint", "is required for the providers local and custom");
         }
@@ -103,14 +106,17 @@ fn key(
     Ok(key)
 }
 
-fn check_endpoint(endpoint: &str) -> Result<String, FieldError> {
-    let field = "model_config.api_endpoint";
+/// Only what can be told without a look at the addresses of a name: the broker has that, at each connection.
+fn check_endpoint(endpoint: &str, field: &str, allowed: &Destinations) -> Result<String, FieldError> {
     let Ok(url) = url::Url::parse(endpoint) else { return refuse(field, "must be an absolute URL") };
     if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
         return refuse(field, "must be an http or https URL");
     }
     if !url.username().is_empty() || url.password().is_some() || url.query().is_some() || url.fragment().is_some() {
         return refuse(field, "may not carry credentials, a query or a fragment");
+    }
+    if Target::of_url(&url).and_then(|target| allowed.reach(&target)).is_none() {
+        return refuse(field, "is not allowed: its host and port are not among those of MODEL_ENDPOINT_ALLOW");
     }
     Ok(endpoint.trim_end_matches('/').to_owned())
 }
@@ -142,6 +148,7 @@ fn tools(asked: Option<Vec<String>>) -> Result<Option<Vec<String>>, FieldError> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::destination::Ports;
     use crate::secrets::SealingKey;
     use serde_json::{Value, json};
 
@@ -164,7 +171,9 @@ mod tests {
         for (name, value) in changes.as_object().unwrap() {
             config[name] = value.clone();
         }
-        choose(serde_json::from_value(config).unwrap(), keyring)
+        let endpoints = "127.0.0.1:1,api.openai.com:443,api.anthropic.com:443,x,*.models.example:443";
+        let endpoints = Destinations::parse(endpoints, Ports::Optional).unwrap();
+        choose(serde_json::from_value(config).unwrap(), &endpoints, keyring)
     }
 
     #[test]
@@ -193,6 +202,13 @@ mod tests {
             ("api_endpoint", json!({"api_endpoint": "http://u:p@x/"})),
             ("api_endpoint", json!({"api_endpoint": "http://x/v1?key=1"})),
             ("api_endpoint", json!({"api_endpoint": null})),
+            ("api_endpoint", json!({"api_endpoint": "http://127.0.0.1:2/v1"})),
+            ("api_endpoint", json!({"api_endpoint": "http://169.254.169.254/latest"})),
+            ("api_endpoint", json!({"api_endpoint": "http://[::ffff:127.0.0.1]:1/v1"})),
+            ("api_endpoint", json!({"api_endpoint": "http://localhost:1/v1"})),
+            ("api_endpoint", json!({"api_endpoint": "https://models.example/v1"})),
+            ("api_endpoint", json!({"api_endpoint": "http://a.models.example/v1"})),
+            ("api_endpoint", json!({"provider": "openai", "api_key": "k", "api_endpoint": "http://api.openai.com/v1"})),
             ("temperature", json!({"temperature": 2.1})),
             ("temperature", json!({"temperature": -0.1})),
             ("temperature", json!({"provider": "anthropic", "api_key": "k", "temperature": 1.1})),
@@ -209,6 +225,15 @@ mod tests {
             let error = chosen(&changes, None).map(|(model, _)| model).unwrap_err();
             assert_eq!(error.field, format!("model_config.{field}"), "{changes}: {error}");
         }
+        for endpoint in
+            ["http://2130706433:1/v1", "https://a.models.example/v1", "https://A.Models.Example.:443", "http://x"]
+        {
+            assert!(chosen(&json!({"api_endpoint": endpoint}), None).is_ok(), "{endpoint}");
+        }
+        let none = Destinations::default();
+        let openai = json!({"provider": "openai", "model": "m", "api_key": "k"});
+        let error = choose(serde_json::from_value(openai).unwrap(), &none, None).map(|(model, _)| model).unwrap_err();
+        assert_eq!(error.field, "model_config.provider", "its own endpoint is not allowed");
         for good in [json!({"temperature": 0}), json!({"temperature": 2}), json!({"max_tokens": 128_000})] {
             assert!(chosen(&good, None).is_ok(), "{good}");
         }

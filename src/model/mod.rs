@@ -3,6 +3,7 @@
 //! Pure: nothing here knows a runtime, a database, a socket or a clock. What needs the time of day gets it
 //! as an argument.
 
+pub mod destination;
 pub mod event;
 pub mod execution;
 pub mod id;

@@ -5,7 +5,7 @@
 //!
 //! A conversation brings its own script: the JSON between `<script>` and `</script>` in its last prompt. So one
 //! endpoint serves any number of conversations side by side. It answers `POST …/chat/completions` (OpenAI) and
-//! `POST …/messages` (Anthropic), streamed or whole.
+//! `POST …/messages` (Anthropic), streamed or whole, over HTTP/1.1 and HTTP/2.
 
 mod script;
 mod server;
@@ -26,6 +26,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 #[derive(Clone, Debug)]
 pub struct RecordedRequest {
     pub method: String,
+    /// Of HTTP, as `HTTP/2.0`.
+    pub version: String,
     pub path: String,
     /// Every header but those that carry a credential (see [`ScriptedModel::authorization_values`]).
     pub headers: Vec<(String, String)>,

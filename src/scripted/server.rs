@@ -8,9 +8,11 @@ use axum::body::Body;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
+use hyper::rt::Executor;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
+use hyper_util::server::conn::auto::Builder;
 use sha2::{Digest, Sha256};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
@@ -85,6 +87,7 @@ impl Shared {
         }
         log.requests.push_back(RecordedRequest {
             method: parts.method.to_string(),
+            version: format!("{:?}", parts.version),
             path: parts.uri.path().to_owned(),
             headers,
             authorized: !secret.is_empty(),
@@ -130,6 +133,18 @@ impl Drop for Open {
     }
 }
 
+/// Runs the streams of HTTP/2 as tracked tasks.
+#[derive(Clone, Debug)]
+struct OnTasks(Tasks);
+
+impl<F: Future<Output: Send> + Send + 'static> Executor<F> for OnTasks {
+    fn execute(&self, future: F) {
+        self.0.spawn("scripted model's stream", async move {
+            future.await;
+        });
+    }
+}
+
 /// Takes connections until `stop`; then the open ones are cut.
 pub(super) async fn serve(tasks: Tasks, listener: TcpListener, shared: Arc<Shared>, stop: CancellationToken) {
     loop {
@@ -146,10 +161,11 @@ pub(super) async fn serve(tasks: Tasks, listener: TcpListener, shared: Arc<Share
         };
         // Only latency would suffer.
         let _ = stream.set_nodelay(true);
-        let (shared, stop) = (Arc::clone(&shared), stop.clone());
+        let (shared, stop, executor) = (Arc::clone(&shared), stop.clone(), OnTasks(tasks.clone()));
         tasks.spawn("scripted model's connection", async move {
             let service = service_fn(move |request| handle(Arc::clone(&shared), request));
-            let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+            let server = Builder::new(executor);
+            let connection = server.serve_connection(TokioIo::new(stream), service);
             tokio::select! {
                 () = stop.cancelled() => {}
                 // Clients that go away and faults that cut end in an error here.

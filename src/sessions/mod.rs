@@ -2,6 +2,7 @@
 //!
 //! - `session`: starting, priming and ending one.
 //! - `confinement`: what one is confined to.
+//! - `egress`: what of the way out is in its environment, and in its log.
 //! - `identity`: the user that one runs as.
 //! - `private`: its own directory on disk.
 //! - `run`: one execution in it: what is awaited, the deadlines, how it ended.
@@ -12,6 +13,7 @@
 //! A session knows nothing of queues, statuses or callers: that is `executions`.
 
 mod confinement;
+mod egress;
 mod identity;
 mod pool;
 mod private;
@@ -60,6 +62,8 @@ pub struct Settings {
     pub users: Option<RangeInclusive<u32>>,
     /// What all of them work in.
     pub workspace: PathBuf,
+    /// Whether there is anything that sessions may reach beside their model.
+    pub egress_open: bool,
     /// What the jail of each session has to have done, or it does not start.
     pub require: BTreeSet<Protection>,
     /// Why no session may start (a required protection is missing), for people.

@@ -4,6 +4,7 @@
 //! the wish to end it. It never waits for one of them alone for long, and its end never depends on OpenCode
 //! agreeing to it: what happens to the process after that is the caller's ([`super::Session::end`]).
 
+use super::egress;
 use super::session::Session;
 use super::shell::Shells;
 use crate::broker::{Exhausted, Facts, Outcome, Report, ShellCall};
@@ -108,6 +109,9 @@ impl Run<'_> {
         let result = state.until_end().await;
         for event in state.translator.abandon_texts() {
             self.writer.append(event).await;
+        }
+        for refusal in state.session.lease.refused_at_last() {
+            self.writer.append(egress::event(&refusal)).await;
         }
         let usage = state.usage();
         match result {
@@ -340,6 +344,12 @@ impl<'a> State<'a> {
                 Some(()) = under_way.next() => None,
                 Some(report) = reports.recv() => {
                     self.session.shared.metrics.model_call(outcome_of(&report));
+                    None
+                }
+                refused = self.session.lease.refused() => {
+                    for refusal in refused {
+                        self.run.writer.append(egress::event(&refusal)).await;
+                    }
                     None
                 }
                 events = felt(&process, known, &mut quiet_until) => {
@@ -666,6 +676,11 @@ fn model_evidence(facts: &Facts) -> ModelEvidence {
             Reason::BudgetExceeded,
             "total_tokens",
             "The task has used up its tokens (limits.total_tokens).",
+        ),
+        Exhausted::Rate => Failure::new(
+            Reason::BudgetExceeded,
+            "model_rate",
+            "The task called the model more often within a minute than MODEL_CALLS_PER_MINUTE allows.",
         ),
         Exhausted::Failures => last_error
             .clone()

@@ -3,7 +3,7 @@
 use super::confinement::{Programs, confinement, search_path};
 use super::identity::Identity;
 use super::terminal::Terminals;
-use super::{InUse, Measured, Shared, private};
+use super::{InUse, Measured, Shared, egress, private};
 use crate::broker::{Budget, Grant, Lease, Upstream};
 use crate::model::task::Limits;
 use crate::model::{SessionId, Usage};
@@ -286,6 +286,12 @@ impl Session {
             inherited,
         );
         let mut common = common_environment(directories, inherited);
+        // Without a sandbox whatever is there is reached directly, so that a proxy would only take away.
+        if settings.confined || settings.egress_open {
+            let way_out = egress::environment(&lease.proxy_url(), settings.egress_open, inherited);
+            env.extend(way_out.clone());
+            common.extend(way_out);
+        }
         if place.user.is_some() {
             // There is no other name for it: the system's list of users does not know it.
             let names = ["USER", "LOGNAME"].map(|name| (name.into(), "session".into()));

@@ -1,7 +1,7 @@
 //! Terminals: shells that people type to, inside a session.
 //!
 //! Each is a process of its own, beside the session's OpenCode: started as that was and confined likewise, in its control
-//! group, without any of its secrets. One task owns it from its start to the proof that nothing of it is left, so it ends
+//! group, without any of its secrets but the credential for the way out. One task owns it from its start to the proof that nothing of it is left, so it ends
 //! whatever becomes of the person, and none outlives the OpenCode that it stands beside.
 
 use crate::sandbox::tap::DEFAULT_SHELL;
@@ -65,7 +65,8 @@ struct State {
 }
 
 impl Terminals {
-    /// None yet, beside `opencode`, which `companion` is to be like; with this environment, which has no secret.
+    /// None yet, beside `opencode`, which `companion` is to be like; with this environment, which has no
+    /// secret but the credential for the way out.
     pub(super) fn new(
         sandbox: Sandbox,
         tasks: Tasks,

@@ -2,12 +2,17 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests are tests")]
 
+mod bounds;
+mod destinations;
+
 use bytes::Bytes;
 use futures_util::StreamExt;
+use opencode_sidecar::broker::destination::{Destinations, Ports};
 use opencode_sidecar::broker::{Broker, BrokerConfig, Budget, Exhausted, Facts, Grant, Lease, Outcome, Upstream};
 use opencode_sidecar::model::task::Provider;
 use opencode_sidecar::scripted::{Script, ScriptedModel};
 use opencode_sidecar::tasks::Tasks;
+use opencode_sidecar::telemetry::Metrics;
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -25,10 +30,15 @@ fn client() -> reqwest::Client {
 
 struct World {
     tasks: Tasks,
+    metrics: Metrics,
     model: ScriptedModel,
     broker: Broker,
     lease: Lease,
     http: reqwest::Client,
+}
+
+fn config() -> BrokerConfig {
+    BrokerConfig { destinations: Destinations::parse("127.0.0.1", Ports::Optional).unwrap(), ..BrokerConfig::default() }
 }
 
 fn grant(endpoint: &str, provider: Provider, limits: Budget) -> Grant {
@@ -45,15 +55,16 @@ fn grant(endpoint: &str, provider: Provider, limits: Budget) -> Grant {
 
 impl World {
     async fn new() -> Self {
-        Self::with(BrokerConfig::default(), Provider::Custom, PLENTY).await
+        Self::with(config(), Provider::Custom, PLENTY).await
     }
 
     async fn with(config: BrokerConfig, provider: Provider, limits: Budget) -> Self {
         let tasks = Tasks::new();
+        let metrics = Metrics::new().unwrap();
         let model = ScriptedModel::start(&tasks, None).await.unwrap();
-        let broker = Broker::start(&tasks, config).await.unwrap();
+        let broker = Broker::start(&tasks, metrics.clone(), config).await.unwrap();
         let lease = broker.open(grant(&model.base_url(), provider, limits));
-        Self { tasks, model, broker, lease, http: client() }
+        Self { tasks, metrics, model, broker, lease, http: client() }
     }
 
     fn post(&self, path: &str) -> reqwest::RequestBuilder {
@@ -76,7 +87,7 @@ impl World {
 
     /// Ends everything; nothing may be left.
     async fn end(self) {
-        let Self { tasks, model, broker, lease, http } = self;
+        let Self { tasks, metrics: _, model, broker, lease, http } = self;
         drop((model, broker, lease, http));
         assert_eq!(tasks.stop(Duration::from_secs(10)).await, Ok(()));
     }
@@ -133,7 +144,7 @@ async fn an_answer_passes_byte_for_byte_and_only_the_key_reaches_the_provider() 
 
 #[tokio::test]
 async fn anthropic_gets_its_own_header_and_its_usage_is_read() {
-    let world = World::with(BrokerConfig::default(), Provider::Anthropic, PLENTY).await;
+    let world = World::with(config(), Provider::Anthropic, PLENTY).await;
     let response = world
         .http
         .post(format!("{}/messages", world.lease.base_url()))
@@ -211,8 +222,7 @@ async fn a_client_that_goes_away_takes_the_providers_call_with_it() {
 
 #[tokio::test]
 async fn every_refusal_of_the_provider_is_typed_and_keeps_its_status() {
-    let world =
-        World::with(BrokerConfig { max_failures: 100, ..BrokerConfig::default() }, Provider::Custom, PLENTY).await;
+    let world = World::with(BrokerConfig { max_failures: 100, ..config() }, Provider::Custom, PLENTY).await;
     for (step, status, code, retry_after, transient) in [
         (json!({"status": 400}), 400, "model_rejected", None, false),
         (json!({"status": 401}), 401, "model_auth", None, false),
@@ -297,8 +307,7 @@ async fn each_is_typed(world: &World, cases: Vec<(Value, u16, &str)>) {
 
 #[tokio::test]
 async fn broken_answers_are_typed() {
-    let world =
-        World::with(BrokerConfig { max_failures: 100, ..BrokerConfig::default() }, Provider::Custom, PLENTY).await;
+    let world = World::with(BrokerConfig { max_failures: 100, ..config() }, Provider::Custom, PLENTY).await;
     let tools = json!([{"name": "write", "args": {"filePath": "a"}}]);
     let cases = vec![
         (json!({"garbage": "text"}), 502, "model_bad_response"),
@@ -321,7 +330,7 @@ async fn broken_answers_are_typed() {
 
 #[tokio::test]
 async fn an_error_in_the_middle_is_told_in_our_words() {
-    let config = BrokerConfig { max_failures: 2, ..BrokerConfig::default() };
+    let config = BrokerConfig { max_failures: 2, ..config() };
     for (provider, path) in [(Provider::Custom, "/chat/completions"), (Provider::Anthropic, "/messages")] {
         let world = World::with(config.clone(), provider, PLENTY).await;
         let error = json!({"type": "overloaded_error", "message": format!("Overloaded, {KEY}")});
@@ -366,7 +375,7 @@ async fn an_event_longer_than_what_is_held_back_passes_whole() {
 
 #[tokio::test]
 async fn a_wait_that_is_too_long_is_the_end() {
-    let config = BrokerConfig { longest_wait: Duration::from_secs(60), ..BrokerConfig::default() };
+    let config = BrokerConfig { longest_wait: Duration::from_secs(60), ..config() };
     let world = World::with(config, Provider::Custom, PLENTY).await;
     for (status, seconds, answer) in [(429, "60", 402), (429, "59", 429), (503, "60", 400), (503, "59", 503)] {
         let step = json!({"status": status, "headers": {"retry-after": seconds}});
@@ -384,12 +393,12 @@ async fn a_wait_that_is_too_long_is_the_end() {
 async fn silence_is_typed() {
     let soon = Duration::from_millis(100);
     // One clock at a time: the other must not be met on a busy machine.
-    let config = BrokerConfig { header_timeout: soon, ..BrokerConfig::default() };
-    let world = World::with(config, Provider::Custom, PLENTY).await;
+    let hasty = BrokerConfig { header_timeout: soon, ..config() };
+    let world = World::with(hasty, Provider::Custom, PLENTY).await;
     each_is_typed(&world, vec![(json!({"silence": "headers"}), 504, "model_timeout")]).await;
     world.end().await;
-    let config = BrokerConfig { idle_timeout: soon, ..BrokerConfig::default() };
-    let world = World::with(config, Provider::Custom, PLENTY).await;
+    let hasty = BrokerConfig { idle_timeout: soon, ..config() };
+    let world = World::with(hasty, Provider::Custom, PLENTY).await;
     let cases = vec![
         (json!({"silence": "body"}), 504, "model_timeout"),
         (json!({"text": "one two", "silence": "middle"}), 200, "model_timeout"),
@@ -428,8 +437,7 @@ async fn a_fault_may_be_limited_to_some_calls() {
 
 #[tokio::test]
 async fn the_budget_of_calls_and_of_tokens_holds() {
-    let world =
-        World::with(BrokerConfig::default(), Provider::Custom, Budget { model_calls: 2, total_tokens: 1_000 }).await;
+    let world = World::with(config(), Provider::Custom, Budget { model_calls: 2, total_tokens: 1_000 }).await;
     for status in [200, 200, 400, 400] {
         let response = world.chat(json!({"text": "x"})).send().await.unwrap();
         assert_eq!(response.status(), status);
@@ -458,8 +466,7 @@ async fn the_budget_of_calls_and_of_tokens_holds() {
 
 #[tokio::test]
 async fn failures_in_a_row_end_it() {
-    let world =
-        World::with(BrokerConfig { max_failures: 3, ..BrokerConfig::default() }, Provider::Custom, PLENTY).await;
+    let world = World::with(BrokerConfig { max_failures: 3, ..config() }, Provider::Custom, PLENTY).await;
     for _ in 0..3 {
         assert_eq!(world.facts().exhausted, None);
         read(world.chat(json!({"text": "x", "finish": null})).send().await.unwrap()).await.unwrap();
@@ -476,8 +483,7 @@ async fn failures_in_a_row_end_it() {
 
 #[tokio::test]
 async fn the_failure_that_is_one_too_many_is_told_as_such() {
-    let world =
-        World::with(BrokerConfig { max_failures: 2, ..BrokerConfig::default() }, Provider::Custom, PLENTY).await;
+    let world = World::with(BrokerConfig { max_failures: 2, ..config() }, Provider::Custom, PLENTY).await;
     let step = json!({"status": 500, "headers": {"retry-after": "60"}});
     assert_eq!(world.chat(step.clone()).send().await.unwrap().status(), 500);
     let response = world.chat(step).send().await.unwrap();
@@ -575,8 +581,7 @@ async fn who_may_call_what() {
 
 #[tokio::test]
 async fn a_call_that_is_too_long_is_refused() {
-    let world =
-        World::with(BrokerConfig { max_body: 1_000, ..BrokerConfig::default() }, Provider::Custom, PLENTY).await;
+    let world = World::with(BrokerConfig { max_body: 1_000, ..config() }, Provider::Custom, PLENTY).await;
     let response = world.chat(json!({"text": "x".repeat(2_000)})).send().await.unwrap();
     assert_eq!(response.status(), 413);
     assert_eq!(world.model.calls(), 0);

@@ -75,10 +75,15 @@ async fn it_says_what_a_session_has_and_changes_nothing() {
     assert_eq!(finding(&report, "database"), ("ok", "DATABASE_URL answers"));
     assert_eq!(finding(&report, "opencode").0, "ok");
     assert_eq!(finding(&report, "SANDBOX_REQUIRE").0, "ok");
+    assert_eq!(finding(&report, "EGRESS_ALLOW"), ("ok", "nothing but the model is reached"));
     assert!(finding(&report, "STATE_DIR").1.ends_with("a sidecar uses it now"), "{report:#}");
     sidecar.stop().await;
     let again = ask(&world, As::Here, &[("SANDBOX", "")], &["--json"]).await;
     assert!(!finding(&self::report(&again), "STATE_DIR").1.contains("uses it"), "{again:?}");
+    let open = ask(&world, As::Here, &[("SANDBOX", ""), ("EGRESS_ALLOW", "*.B.example:443,a.example:1")], &["--json"]);
+    let open = self::report(&open.await);
+    let reached = "beside the model these are reached: *.b.example:443, a.example:1";
+    assert_eq!(finding(&open, "EGRESS_ALLOW"), ("ok", reached));
     // For people.
     let output = ask(&world, As::Here, &[("SANDBOX", "")], &[]).await;
     let text = String::from_utf8(output.stdout).unwrap();
@@ -107,6 +112,7 @@ async fn it_says_no_and_names_what_is_missing() {
         (("DATABASE_URL", "postgres://u@127.0.0.1:9/d"), "database", "DATABASE_URL: "),
         (("STATE_DIR", "/dev/null/state"), "STATE_DIR", "/dev/null is no directory"),
         (("PORT", "many"), "configuration", "PORT"),
+        (("EGRESS_ALLOW", "a.example:443,b"), "configuration", "entry 2 has no port"),
     ];
     for (change, name, says) in cases {
         let output = ask(&world, As::Here, &[("SANDBOX", "required"), change], &["--json"]).await;

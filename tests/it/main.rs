@@ -7,6 +7,7 @@ mod confine;
 mod docs;
 mod doctor;
 mod edge;
+mod egress;
 mod embedded;
 mod escape;
 mod events;

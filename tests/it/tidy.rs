@@ -30,7 +30,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     // Services.
     ("events", &["failpoint", "model", "tasks", "secrets", "telemetry", "journal", "store"]),
     ("opencode", &["model", "sse", "tasks", "sandbox"]),
-    ("broker", &["model", "tasks"]),
+    ("broker", &["model", "tasks", "telemetry"]),
     // Orchestration.
     ("sessions", &["failpoint", "model", "tasks", "secrets", "telemetry", "sandbox", "events", "opencode", "broker"]),
     (

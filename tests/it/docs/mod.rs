@@ -27,7 +27,8 @@ use text::{Page, Place, pages};
 /// Paths in the pages that are none of the sidecar's routes.
 const OTHER_PATHS: &[&str] = &["/workspace", "/tmp", "/run", "/usr", "/opt", "/etc"];
 /// Variables in the pages that are none of `serve`'s: a recipe's own, and the client's.
-const OTHER_VARIABLES: &[&str] = &["OPENAI_API_KEY", "OPENCODE_SIDECAR_URL"];
+const OTHER_VARIABLES: &[&str] =
+    &["HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "OPENAI_API_KEY", "OPENCODE_SIDECAR_URL", "SSL_CERT_FILE"];
 /// What the broker tells OpenCode and no caller ever sees.
 const INNER_CODES: &[&str] = &["model_quota"];
 

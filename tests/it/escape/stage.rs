@@ -133,7 +133,7 @@ pub(crate) fn adjust(who: As, programs: &Path, spec: &mut Spec) {
 }
 
 /// The arguments of OpenCode's shell tool for a command that takes its time: it would be ended after two minutes.
-pub(super) fn patient(command: &str) -> serde_json::Value {
+pub(crate) fn patient(command: &str) -> serde_json::Value {
     json!({ "command": command, "timeout": 900_000, "description": "A scripted command" })
 }
 

@@ -49,3 +49,29 @@ async fn budgets_end_a_run_that_would_go_on() {
     assert!(!crate::support::sidecar::runs("sleep 96431"));
     sidecar.stop().await;
 }
+
+/// OpenCode itself has no bound for any of it: it calls again at once.
+#[tokio::test]
+async fn a_model_that_goes_on_without_end_is_bounded() {
+    let world = World::new().await;
+    let bounds = [("MODEL_MAX_FAILURES", "4"), ("MODEL_CALLS_PER_MINUTE", "6")];
+    let sidecar = world.start(&bounds).await;
+    let endless = (0..30).fold(Script::new(), |script, _| script.bash("true"));
+    let tool = json!([{ "name": "bash", "args": { "command": "true", "description": "Nothing" } }]);
+    let unfinished = json!({ "tools": tool, "cut": "call", "by": "end" });
+    let unfinished = (0..30).fold(Script::new(), |script, _| script.json(unfinished.clone()).unwrap());
+    for (script, reason, code, calls) in
+        [(unfinished, "model_error", "model_unfinished", 4), (endless, "budget_exceeded", "model_rate", 6)]
+    {
+        let before = world.model.calls();
+        let id = sidecar.submit(&script).await;
+        let events = sidecar.follow(&id).await;
+        let complete = &events.last().unwrap()["data"];
+        assert_eq!((&complete["status"], &complete["reason"]), (&json!("failed"), &json!(reason)), "{events:#?}");
+        assert_eq!(complete["usage"]["model_calls"], calls, "{events:#?}");
+        let errors: Vec<_> = events.iter().filter(|e| e["type"] == "error").map(|e| &e["data"]["code"]).collect();
+        assert_eq!(errors, [&json!(code)], "{events:#?}");
+        assert_eq!(world.model.calls() - before, calls, "the model is not called again");
+    }
+    sidecar.stop().await;
+}

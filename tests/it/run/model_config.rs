@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
 use crate::support::sidecar::{API_KEY, Sidecar, World};
+use crate::support::tls::Authority;
 use opencode_sidecar::scripted::{RecordedRequest, Script};
 use serde_json::{Value, json};
 
@@ -96,8 +97,9 @@ async fn anthropic_with_everything_that_can_be_said() {
 #[tokio::test]
 async fn openai_and_local_and_their_bounds() {
     let world = World::new().await;
-    let front = world.tls_front().await;
-    let sidecar = world.start(&[("SSL_CERT_FILE", front.certificates.path().to_str().unwrap())]).await;
+    let authority = Authority::new();
+    let front = world.tls_front(&authority, "http/1.1").await;
+    let sidecar = world.start(&[("SSL_CERT_FILE", authority.file().to_str().unwrap())]).await;
     // A sub-agent's calls carry the same.
     let inner = Script::new().bash("echo inner").text("inner done").to_prompt("The sub-agent's part.");
     let script = Script::new()
@@ -109,7 +111,7 @@ async fn openai_and_local_and_their_bounds() {
     });
     let openai = sidecar.submit_with(&script, json!({ "model_config": openai, "system_prompt": SYSTEM })).await;
     // Over TLS.
-    let local = json!({ "provider": "local", "model": "group/lamp:free", "api_endpoint": front.base_url });
+    let local = json!({ "provider": "local", "model": "group/lamp:free", "api_endpoint": front });
     let script = Script::new().write(&world.path("plan.txt"), "x").text("hello");
     let local = sidecar.submit_with(&script, json!({ "model_config": local, "agent": "plan" })).await;
 

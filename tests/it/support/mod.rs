@@ -8,4 +8,5 @@ pub(crate) mod postgres;
 pub(crate) mod proxy;
 pub(crate) mod server;
 pub(crate) mod sidecar;
-mod tls;
+pub(crate) mod site;
+pub(crate) mod tls;

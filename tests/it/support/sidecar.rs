@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test's own helpers fail like the test")]
 
 use super::postgres::{for_everybody, fresh_database, sandbox};
-use super::tls::{Front, front};
+use super::tls::Authority;
 use futures_util::StreamExt;
 use opencode_sidecar::opencode::launch::find_command;
 use opencode_sidecar::sandbox::{Exit, Process, Sandbox, Signal, Spec, User};
@@ -105,6 +105,7 @@ impl World {
             (text("OPENCODE_MODEL"), text("scripted-model")),
             (text("OPENCODE_API_KEY"), text(API_KEY)),
             (text("OPENCODE_API_ENDPOINT"), model.base_url()),
+            (text("MODEL_ENDPOINT_ALLOW"), text("127.0.0.1")),
             (text("SESSION_PORT_RANGE"), port_range()),
             (text("SESSION_UID_RANGE"), uid_range()),
             (text("MAX_CONCURRENT_TASKS"), text("2")),
@@ -178,9 +179,9 @@ impl World {
         }
     }
 
-    /// The model behind TLS.
-    pub(crate) async fn tls_front(&self) -> Front {
-        front(&self.tasks, &self.model.base_url()).await
+    /// The model behind TLS; see [`Authority::front`].
+    pub(crate) async fn tls_front(&self, authority: &Authority, protocol: &str) -> String {
+        authority.front(&self.tasks, &self.model.base_url(), protocol).await
     }
 
     /// Where processes can be started beside the sidecar.
