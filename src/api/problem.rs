@@ -69,6 +69,10 @@ codes! {
     IdempotencyMismatch = "idempotency_mismatch", CONFLICT, "The idempotency key was used for another request";
     /// The body is larger than the limit.
     BodyTooLarge = "body_too_large", PAYLOAD_TOO_LARGE, "The body is too large";
+    /// A file is larger than one answer may be.
+    FileTooLarge = "file_too_large", PAYLOAD_TOO_LARGE, "The file is too large";
+    /// The range is behind the end of the file.
+    RangeNotSatisfiable = "range_not_satisfiable", RANGE_NOT_SATISFIABLE, "There is nothing in this range";
     /// There is a WebSocket here and nothing else.
     UpgradeRequired = "upgrade_required", UPGRADE_REQUIRED, "A WebSocket is required";
     /// The body's media type or encoding is not accepted.

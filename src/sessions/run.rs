@@ -4,6 +4,8 @@
 //! the wish to end it. It never waits for one of them alone for long, and its end never depends on OpenCode
 //! agreeing to it: what happens to the process after that is the caller's ([`super::Session::end`]).
 
+mod changes;
+
 use super::session::Session;
 use super::shell::Shells;
 use crate::broker::{Exhausted, Facts, Outcome, Report, ShellCall};
@@ -109,6 +111,7 @@ impl Run<'_> {
         for event in state.translator.abandon_texts() {
             self.writer.append(event).await;
         }
+        state.tell_changes(matches!(result, Some(Ok(())))).await;
         let usage = state.usage();
         match result {
             None => Ending { reason: Reason::Cancelled, ..ending(Ok(()), &state.translator, usage) },
@@ -418,12 +421,7 @@ impl<'a> State<'a> {
         if event.session_id().is_some() {
             self.last_sign = Instant::now();
         }
-        for mut event in events {
-            if event.kind == EventType::Usage {
-                event.data = json!(self.usage());
-            }
-            self.run.writer.append(event).await;
-        }
+        self.write(events).await;
         if let Some((call_id, command)) = shell_started {
             self.shells.announced(call_id, command);
         }

@@ -7,6 +7,7 @@ mod disk_faults;
 mod ending;
 mod failpoints;
 mod faults;
+mod files;
 mod idempotency;
 mod life;
 mod main_job;
