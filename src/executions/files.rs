@@ -39,6 +39,7 @@ pub struct Files {
     workdir: Option<Arc<str>>,
     tasks: Tasks,
     place: Arc<OwnedSemaphorePermit>,
+    patience: Duration,
 }
 
 impl Executions {
@@ -54,6 +55,7 @@ impl Executions {
             workdir: record.task.workdir.as_deref().map(Arc::from),
             tasks: shared.tasks.clone(),
             place: Arc::new(place),
+            patience: PATIENCE,
         })
     }
 }
@@ -98,10 +100,44 @@ impl Files {
             let _place = place;
             work(&|| workspace.tree(workdir.as_deref()), &|| !given_up.is_cancelled())
         });
-        match tokio::time::timeout(PATIENCE, done).await {
+        match tokio::time::timeout(self.patience, done).await {
             Ok(Ok(done)) => Ok(done?),
             Ok(Err(broken)) => Err(FileError::Failed(std::io::Error::other(broken)).into()),
             Err(_) => Err(FilesError::Timeout),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use tokio::sync::Semaphore;
+
+    #[tokio::test]
+    async fn a_disk_that_hangs_is_not_waited_for_and_keeps_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let places = Arc::new(Semaphore::new(1));
+        let files = Files {
+            workspace: Workspace::open(dir.path()).unwrap(),
+            workdir: None,
+            tasks: Tasks::new(),
+            place: Arc::new(Arc::clone(&places).try_acquire_owned().unwrap()),
+            patience: Duration::from_millis(20),
+        };
+        let (goes_on, hangs) = mpsc::channel::<()>();
+        let (says, said) = mpsc::channel();
+        let work = files.work(move |_, wanted| {
+            let _ = hangs.recv();
+            let _ = says.send(wanted());
+            Ok(())
+        });
+        let answer = work.await;
+        assert!(matches!(answer, Err(FilesError::Timeout)), "{answer:?}");
+        drop(files);
+        assert!(places.try_acquire().is_err());
+        goes_on.send(()).unwrap();
+        assert!(!said.recv().unwrap(), "nobody waits for it any more");
+        drop(places.acquire().await.unwrap());
     }
 }

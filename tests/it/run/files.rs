@@ -349,7 +349,10 @@ async fn a_repositorys_changes_are_told_whoever_made_them() {
         )
         .bash("rm gone.txt; printf '\\0' > binary; git add -A; git -c user.name=a -c user.email=a@b commit -qm two")
         .text("done");
-    let id = sidecar.submit(&script).await;
+    // Two in one conversation: the second one hears of what the first one did, and takes it for none of its own.
+    let session = json!({ "session_id": uuid::Uuid::new_v4() });
+    assert_eq!(sidecar.post("/sessions", session.clone()).await.0, 201);
+    let id = sidecar.submit_with(&script, session.clone()).await;
     let events = sidecar.follow(&id).await;
     let diff = sidecar.get(&format!("/tasks/{id}/diff")).await;
     let mut files = diff["files"].as_array().unwrap().clone();
@@ -373,7 +376,7 @@ async fn a_repositorys_changes_are_told_whoever_made_them() {
     assert_eq!((told.len(), &told[0]["data"]["files"]), (1, &diff["files"]));
 
     // One that changes nothing says so.
-    let id = sidecar.submit(&Script::new().bash("cat new.txt").text("done")).await;
+    let id = sidecar.submit_with(&Script::new().bash("cat new.txt").text("done"), session).await;
     sidecar.follow(&id).await;
     let diff = sidecar.get(&format!("/tasks/{id}/diff")).await;
     assert_eq!((&diff["basis"], &diff["complete"], &diff["files"]), (&json!("snapshots"), &json!(true), &json!([])));
