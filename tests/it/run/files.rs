@@ -376,10 +376,12 @@ async fn a_repositorys_changes_are_told_whoever_made_them() {
     assert_eq!((told.len(), &told[0]["data"]["files"]), (1, &diff["files"]));
 
     // One that changes nothing says so.
-    let id = sidecar.submit_with(&Script::new().bash("cat new.txt").text("done"), session).await;
+    let id = sidecar.submit_with(&Script::new().bash("cat new.txt").text("done"), session.clone()).await;
     sidecar.follow(&id).await;
     let diff = sidecar.get(&format!("/tasks/{id}/diff")).await;
     assert_eq!((&diff["basis"], &diff["complete"], &diff["files"]), (&json!("snapshots"), &json!(true), &json!([])));
+    let path = format!("/sessions/{}/stop", session["session_id"].as_str().unwrap());
+    assert_eq!(sidecar.post(&path, json!({})).await.0, 200);
     sidecar.stop().await;
 }
 
