@@ -4,6 +4,7 @@
 //! of the domain is here.
 
 use crate::api::auth::{Auth, AuthSettings, CredentialErrors, Unscoped};
+use crate::api::files::FilesApi;
 use crate::api::openapi::{Edge, Routes, assemble};
 use crate::api::probes::{Checks, Probes, Readiness};
 use crate::api::sessions::SessionsApi;
@@ -427,7 +428,9 @@ impl App {
             sockets: sockets.clone(),
         };
         let routes = Routes {
-            protected: crate::api::tasks::routes(api.clone()).merge(crate::api::sessions::routes(sessions_api.clone())),
+            protected: crate::api::tasks::routes(api.clone())
+                .merge(crate::api::files::routes(FilesApi { tasks: api.clone(), max_bytes: config.max_task_file_size }))
+                .merge(crate::api::sessions::routes(sessions_api.clone())),
             streams: crate::api::stream::routes(StreamApi { tasks: api, sockets })
                 .merge(crate::api::sessions::streams(sessions_api)),
         };

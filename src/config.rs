@@ -78,6 +78,8 @@ pub struct Config {
     pub shutdown_grace: Duration,
     /// In characters.
     pub max_prompt_length: usize,
+    /// `MAX_TASK_FILE_SIZE`, in bytes
+    pub max_task_file_size: u64,
     pub warm_pool_size: usize,
     pub session_port_range: RangeInclusive<u16>,
     /// Users that sessions run as, where the sidecar may choose.
@@ -186,6 +188,7 @@ impl Config {
             first_event_timeout: r.seconds("FIRST_EVENT_TIMEOUT", HOUR),
             shutdown_grace: r.seconds("SHUTDOWN_GRACE_SECONDS", HOUR),
             max_prompt_length: r.number("MAX_PROMPT_LENGTH", 1, 10_000_000),
+            max_task_file_size: r.bytes("MAX_TASK_FILE_SIZE", 1, 1 << 40),
             warm_pool_size: r.number("WARM_POOL_SIZE", 0, 1_000),
             session_port_range: r.port_range("SESSION_PORT_RANGE"),
             session_uid_range: r.uid_range("SESSION_UID_RANGE"),

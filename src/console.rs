@@ -228,6 +228,10 @@ fn summary(event: &Value) -> String {
             format!("{}{took}{exit}{error}", text("tool"))
         }
         "file" => format!("{} {}", text("change"), text("path")),
+        "diff" => match data["files"].as_array().map_or(0, Vec::len) {
+            1 => "1 change of a file".to_owned(),
+            count => format!("{count} changes of files"),
+        },
         "todo" => {
             let items = data["items"].as_array().map(Vec::as_slice).unwrap_or_default();
             let done = items.iter().filter(|item| item["status"] == "completed").count();
@@ -334,6 +338,7 @@ mod tests {
             json!({"type": "tool_call", "data": {"tool": evil, "args": {"command": evil}}}),
             json!({"type": "tool_result", "data": {"tool": evil, "error": evil}}),
             json!({"type": "file", "data": {"path": evil, "change": evil}}),
+            json!({"type": "diff", "data": {"files": [{"path": evil, "change": evil, "patch": evil}]}}),
             json!({"type": "todo", "data": {"items": [{"content": evil, "status": evil}]}}),
             json!({"type": "log", "data": {"message": evil}}),
             json!({"type": "error", "data": {"message": evil, "code": evil}}),

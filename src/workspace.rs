@@ -1,13 +1,16 @@
 //! The workspace: the one door to paths that come from outside.
 //!
 //! A path from a caller or an agent is only ever resolved beneath the workspace's directory handle (`cap-std`:
-//! openat2 with `RESOLVE_BENEATH` where the kernel has it), never by comparing strings.
+//! openat2 with `RESOLVE_BENEATH` where the kernel has it), never by comparing strings. What is read for others goes through
+//! [`files`].
 //!
 //! What sessions make in it belongs to its group, which a file browser beside the sidecar may have too, as another user:
 //! it sees and edits each file at once. Two things do that. Sessions run with umask 0002, which holds everywhere. And the
 //! directory has a default ACL, which everything that is made below it inherits, and which counts in the place of a
 //! umask: so what the *other* side makes, with whatever umask, can be edited by sessions. An ACL cannot widen a mode that
 //! a program asks for by itself (`mktemp`, a private key): that stays as it is.
+
+pub mod files;
 
 use cap_std::ambient_authority;
 use cap_std::fs::{Dir, PermissionsExt as _};

@@ -10,6 +10,7 @@ mod cursor;
 mod docs;
 mod documents;
 pub mod extract;
+pub mod files;
 pub mod layers;
 pub mod openapi;
 mod pages;

@@ -71,6 +71,10 @@ codes! {
     BodyTooLarge = "body_too_large", PAYLOAD_TOO_LARGE, "The body is too large";
     /// The path or the query is longer than the limit.
     UriTooLong = "uri_too_long", URI_TOO_LONG, "The path or the query is too long";
+    /// A file is larger than one answer may be.
+    FileTooLarge = "file_too_large", PAYLOAD_TOO_LARGE, "The file is too large";
+    /// The range is behind the end of the file.
+    RangeNotSatisfiable = "range_not_satisfiable", RANGE_NOT_SATISFIABLE, "There is nothing in this range";
     /// There is a WebSocket here and nothing else.
     UpgradeRequired = "upgrade_required", UPGRADE_REQUIRED, "A WebSocket is required";
     /// The body's media type or encoding is not accepted.

@@ -57,6 +57,7 @@ pub(super) const REFERENCE: &[Variable] = &[
     var("FIRST_EVENT_TIMEOUT", "60", "Time from the prompt to OpenCode's first event, in seconds"),
     var("SHUTDOWN_GRACE_SECONDS", "25", "Time from SIGTERM to the exit, in seconds"),
     var("MAX_PROMPT_LENGTH", "50000", "Characters of prompt and code together"),
+    var("MAX_TASK_FILE_SIZE", "1000000", "Most bytes of a file, or of a range of one, that one answer holds"),
     var("WARM_POOL_SIZE", "0", "Sessions that are kept started for the next execution"),
     var("SESSION_PORT_RANGE", "20000-20999", "Ports on loopback for sessions"),
     var("SESSION_UID_RANGE", "61000-63999", "Users that sessions run as, one each, where the sidecar is root and may choose; nobody else's"),
@@ -86,7 +87,6 @@ pub(super) const REFERENCE: &[Variable] = &[
 
 /// Variables of the contract that this version cannot honour.
 const NOT_YET: &[&str] = &[
-    "MAX_TASK_FILE_SIZE",
     "OPENCODE_PLUGIN_DIR",
     "OTEL_EXPORTER_OTLP_ENDPOINT",
     "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",

@@ -119,6 +119,7 @@ fn each_variable_is_read_and_checked() {
         ("FIRST_EVENT_TIMEOUT", "10", &["0", "x"]),
         ("SHUTDOWN_GRACE_SECONDS", "5", &["0", "x"]),
         ("MAX_PROMPT_LENGTH", "10", &["0", "x"]),
+        ("MAX_TASK_FILE_SIZE", "2 MiB", &["0", "1 MB", "-1"]),
         ("WARM_POOL_SIZE", "2", &["-1", "x"]),
         ("SESSION_PORT_RANGE", "30000-30100", &["30000", "30100-30000", "80-90", "1-65536", "a-b", "-"]),
         (

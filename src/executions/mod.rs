@@ -6,6 +6,7 @@
 //! - `conversations`: sessions that callers make: made, prompted, ended, listed.
 //! - `kept`: one of them: its executions and what becomes of its process.
 //! - `terminals`: shells in such sessions.
+//! - `files`: what is in the working directory of one execution.
 //! - `lease`: which sidecar of the project an execution is of, and what becomes of those of one that is gone.
 //! - `owner`: the life of one execution, from its turn to its last event.
 //! - `recovery`: what an earlier life of the sidecar left of them.
@@ -15,6 +16,7 @@
 
 mod admit;
 mod conversations;
+mod files;
 mod idempotency;
 mod kept;
 mod lease;
@@ -26,8 +28,10 @@ mod retention;
 mod terminals;
 
 pub use crate::sessions::{MAX_TERMINALS, Terminal, TerminalSize};
+pub use crate::workspace::files::{Entry, FileError, FilePath, Kind, Listing, OpenFile};
 pub use admit::{Ceilings, FieldError};
 pub use conversations::{CreateError, CreateSession, NewSession, SessionState};
+pub use files::{Files, FilesError, MAX_READERS};
 pub use kept::Changes;
 pub use recovery::sessions_to_keep;
 pub use terminals::OpenTerminalError;
@@ -57,7 +61,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -120,6 +124,8 @@ struct Shared {
     live_count: watch::Sender<usize>,
     closing: AtomicBool,
     abandoned: AtomicUsize,
+    /// Places for those who read files.
+    readers: Arc<Semaphore>,
 }
 
 /// An execution that waits for its turn.
@@ -205,6 +211,7 @@ impl Executions {
                 live_count: watch::Sender::new(0),
                 closing: AtomicBool::new(false),
                 abandoned: AtomicUsize::new(0),
+                readers: Arc::new(Semaphore::new(MAX_READERS)),
             }),
         }
     }

@@ -13,6 +13,7 @@
 //!
 //! What is about a sub-agent has the sub-agent's session beside it, as `subagent`.
 
+use super::changes::Changes;
 use super::wire::{MessageInfo, NamedError, Part, RawEvent, Tokens, sentence};
 use crate::model::event::{EventType, NewEvent, Severity};
 use serde::Deserialize;
@@ -102,6 +103,7 @@ pub struct Translator {
     of_this_answer: Vec<(String, String)>,
     spent: BTreeMap<String, (Tokens, f64)>,
     files: Vec<String>,
+    changes: Changes,
     progress: Option<u8>,
     final_text: Option<String>,
     pending_error: Option<NamedError>,
@@ -125,6 +127,7 @@ impl Translator {
             of_this_answer: Vec::new(),
             spent: BTreeMap::new(),
             files: Vec::new(),
+            changes: Changes::default(),
             progress: None,
             final_text: None,
             pending_error: None,
@@ -149,6 +152,17 @@ impl Translator {
     /// Files that the agent's file tools changed, in the order of their first change.
     pub fn files(&self) -> &[String] {
         &self.files
+    }
+
+    /// What the run changed: the data of an event `diff`; `None` where nothing is known to be. `ended` where OpenCode was
+    /// idle at the end.
+    pub fn changes(&self, ended: bool) -> Option<Value> {
+        self.changes.told(ended)
+    }
+
+    /// Whether an idle OpenCode has told all that it will of what was changed.
+    pub fn changes_settled(&self) -> bool {
+        self.changes.settled()
     }
 
     /// Whether a tool is running.
@@ -292,6 +306,9 @@ impl Translator {
                 step.events.extend(self.flush_error());
             }
         }
+        if info.role == "user" && session == self.root {
+            self.changes.prompt(&info.id, &info.summary);
+        }
         self.roles.insert(info.id, info.role);
         Some(step)
     }
@@ -308,6 +325,12 @@ impl Translator {
         let part = Part::deserialize(&properties["part"]).ok()?;
         if self.roles.get(&part.message_id).is_some_and(|role| role == "user") {
             return Some(Step::default());
+        }
+        if session == self.root {
+            self.changes.step(&part);
+        }
+        if part.kind == "tool" {
+            self.changes.tool(&part, |file| relative(&self.workdir, file).to_owned());
         }
         Some(match part.kind.as_str() {
             "text" if self.summaries.contains(&part.message_id) => self.text_part(&part, PartKind::Reasoning, session),
@@ -463,10 +486,7 @@ impl Translator {
             "unlink" => "deleted",
             _ => "modified",
         };
-        let path = match file.strip_prefix(&self.workdir).and_then(|rest| rest.strip_prefix('/')) {
-            Some(relative) => relative,
-            None => file,
-        };
+        let path = relative(&self.workdir, file);
         if path == ".git" || path.starts_with(".git/") {
             return Some(Step::default());
         }
@@ -475,6 +495,11 @@ impl Translator {
         }
         Some(Step::event(NewEvent::new(EventType::File, json!({ "path": path, "change": change }))))
     }
+}
+
+/// A path as it is shown: relative to the working directory where it is below it.
+fn relative<'a>(workdir: &str, file: &'a str) -> &'a str {
+    file.strip_prefix(workdir).and_then(|rest| rest.strip_prefix('/')).unwrap_or(file)
 }
 
 impl PartKind {
@@ -537,6 +562,6 @@ fn question_asked(properties: &Value) -> Option<Step> {
 }
 
 /// OpenCode's numbers are JavaScript's; what counts things is never negative.
-fn whole(number: f64) -> u64 {
+pub(super) fn whole(number: f64) -> u64 {
     if number.is_finite() && number > 0.0 { number as u64 } else { 0 }
 }

@@ -117,6 +117,9 @@ pub struct Part {
     pub call_id: String,
     #[serde(default)]
     pub state: ToolState,
+    /// Of a step: its snapshot of the work tree, where it has one.
+    #[serde(default)]
+    pub snapshot: Option<String>,
 }
 
 /// When a part began and ended, in milliseconds since 1970.

@@ -4,6 +4,8 @@
 //! the wish to end it. It never waits for one of them alone for long, and its end never depends on OpenCode
 //! agreeing to it: what happens to the process after that is the caller's ([`super::Session::end`]).
 
+mod changes;
+
 use super::egress;
 use super::session::Session;
 use super::shell::Shells;
@@ -113,6 +115,7 @@ impl Run<'_> {
         for refusal in state.session.lease.refused_at_last() {
             self.writer.append(egress::event(&refusal)).await;
         }
+        state.tell_changes(matches!(result, Some(Ok(())))).await;
         let usage = state.usage();
         match result {
             None => Ending { reason: Reason::Cancelled, ..ending(Ok(()), &state.translator, usage) },
@@ -428,12 +431,7 @@ impl<'a> State<'a> {
         if event.session_id().is_some() {
             self.last_sign = Instant::now();
         }
-        for mut event in events {
-            if event.kind == EventType::Usage {
-                event.data = json!(self.usage());
-            }
-            self.run.writer.append(event).await;
-        }
+        self.write(events).await;
         if let Some((call_id, command)) = shell_started {
             self.shells.announced(call_id, command);
         }

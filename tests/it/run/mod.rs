@@ -9,6 +9,7 @@ mod ending;
 mod endpoints;
 mod failpoints;
 mod faults;
+mod files;
 mod idempotency;
 mod key_search;
 mod life;

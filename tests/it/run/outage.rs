@@ -119,6 +119,8 @@ async fn during<F: Fault>(world: &World, sidecar: &Sidecar, fault: &mut F, old: 
     let new = Seen::of(sidecar, new, "completed").await;
     for id in [running, &new.id] {
         assert_eq!(sidecar.status(id).await["status"], "completed");
+        assert!(sidecar.get(&format!("/tasks/{id}/files")).await["entries"].to_string().contains("\"go\""));
+        assert_eq!(sidecar.get(&format!("/tasks/{id}/diff")).await["complete"], true);
     }
     if F::LASTS {
         let ready = sidecar.get("/ready").await;
