@@ -1,11 +1,14 @@
-//! Making secrets, reading them from where they are (`source`), opening sealed ones (`seal`), and checking what was signed
+//! Making secrets, reading them from where they are (`source`), opening sealed ones (`seal`; with the sidecar's own
+//! keys, `own`), and checking what was signed
 //! with one (`token`, over `provider`). Keeping them is the business of whoever holds them, as `SecretString`.
 
+mod own;
 mod provider;
 mod seal;
 mod source;
 mod token;
 
+pub use own::OwnKeys;
 pub use seal::{Keyring, OpenError, SealingKey};
 pub use source::{Source, Sources, TokenSource, secrets};
 pub use token::{AUDIENCE, KeyError, TokenError, TokenKeys, TokenMaker};

@@ -13,6 +13,7 @@ mod main_job;
 mod million;
 mod model_config;
 mod outage;
+mod projects;
 mod queue;
 mod recovery;
 mod retention;
