@@ -406,7 +406,8 @@ fn database_role(report: &mut Report, config: &Config, role: Result<Option<Role>
     match role {
         Err(error) => report.add(name, State::Failed, chain(&error)),
         Ok(None) => {
-            let why = "not known, because the tables are not there yet, or not those of this version: a start sees to that";
+            let why =
+                "not known, because the tables are not there yet, or not those of this version: a start sees to that";
             report.add(name, State::Unknown, why);
         }
         Ok(Some(role)) => {
@@ -415,7 +416,8 @@ fn database_role(report: &mut Report, config: &Config, role: Result<Option<Role>
             } else if let Some(wider) = role.warning() {
                 report.add(name, State::Missing, format!("role {}: {wider}", role.name));
             } else {
-                let bound = format!("role {} is bound to project {}, and sees no other's rows", role.name, config.project_id);
+                let bound =
+                    format!("role {} is bound to project {}, and sees no other's rows", role.name, config.project_id);
                 report.add(name, State::Ok, bound);
             }
         }

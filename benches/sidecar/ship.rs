@@ -127,7 +127,10 @@ pub(crate) async fn run(world: &World) {
         copied.push(copy / 1000.0);
         ratios.push(commit / copy);
     }
-    let sides = [Row::new("by the store as a bound role, batches of 4000", committed), Row::new("one raw COPY (binary)", copied)];
+    let sides = [
+        Row::new("by the store as a bound role, batches of 4000", committed),
+        Row::new("one raw COPY (binary)", copied),
+    ];
     print("events into Postgres, in thousands a second", "k/s", Shown::Spread, &sides);
     // What else the machine does meets both sides of a round.
     let ratio = Row::new("the store ÷ COPY", ratios);

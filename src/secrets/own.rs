@@ -111,10 +111,8 @@ mod tests {
     const ROW: &[u8] = b"row";
 
     fn names(directory: &Path) -> Vec<String> {
-        let mut names: Vec<_> = fs::read_dir(directory)
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
+        let mut names: Vec<_> =
+            fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
     }
@@ -141,7 +139,10 @@ mod tests {
 
         let second = OwnKeys::open(&path).unwrap();
         assert_eq!(names(directory.path()), ["sealing.key", "sealing.previous"]);
-        assert_eq!(fs::metadata(directory.path().join("sealing.previous")).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            fs::metadata(directory.path().join("sealing.previous")).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
         assert!(opens(&second, &sealed));
         let again = second.seal(&second.unseal(&sealed, ROW).unwrap(), ROW).unwrap();
         assert!(!opens(&first, &again), "it is sealed under another key now");

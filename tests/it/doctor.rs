@@ -109,7 +109,10 @@ async fn it_says_whose_rows_the_database_role_sees() {
     assert!(state == "failed" && detail.contains(&advice), "{state}: {detail}");
     let (_, bound) = bound_role(&owner, "anna").await;
     let (state, detail) = ask(&bound, "anna").await;
-    assert!(state == "ok" && detail.contains("is bound to project anna, and sees no other's rows"), "{state}: {detail}");
+    assert!(
+        state == "ok" && detail.contains("is bound to project anna, and sees no other's rows"),
+        "{state}: {detail}"
+    );
     let (state, detail) = ask(&bound, "berta").await;
     assert!(state == "failed" && detail.contains("PROJECT_ID is berta"), "{state}: {detail}");
 }

@@ -6,9 +6,7 @@ use crate::support::postgres::{bound_role, new_role};
 use crate::support::sidecar::soon;
 use futures_util::TryStreamExt;
 use opencode_sidecar::model::{EventType, ExecutionRecord, SessionRecord, Severity, Status};
-use opencode_sidecar::store::{
-    DatabaseOptions, EventQuery, Forgotten, HistoryFilter, Role, Store, StoreError, Write,
-};
+use opencode_sidecar::store::{DatabaseOptions, EventQuery, Forgotten, HistoryFilter, Role, Store, StoreError, Write};
 use secrecy::ExposeSecret;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Row};
 use std::collections::BTreeSet;
@@ -103,7 +101,8 @@ async fn no_table_shows_or_takes_another_projects_rows() {
     let (owner, anna, berta) = two().await;
     let mut all = login(&owner).await;
     let (mut mine, mut hers) = (anna.login().await, berta.login().await);
-    let tables = all.fetch_all("SELECT tablename, rowsecurity FROM pg_tables WHERE schemaname = 'opencode_sidecar'").await;
+    let tables =
+        all.fetch_all("SELECT tablename, rowsecurity FROM pg_tables WHERE schemaname = 'opencode_sidecar'").await;
     let tables: Vec<(String, bool)> = tables.unwrap().into_iter().map(|row| (row.get(0), row.get(1))).collect();
     assert!(tables.len() >= 7, "{tables:?}");
     for (table, has_row_security) in tables {
@@ -115,7 +114,8 @@ async fn no_table_shows_or_takes_another_projects_rows() {
             continue;
         }
         assert!(has_row_security, "{table} has no row security: whose are its rows?");
-        let (whole, a, b) = (rows(&mut all, &table).await, rows(&mut mine, &table).await, rows(&mut hers, &table).await);
+        let (whole, a, b) =
+            (rows(&mut all, &table).await, rows(&mut mine, &table).await, rows(&mut hers, &table).await);
         assert!(!a.is_empty() && !b.is_empty(), "{table}: neither project has a row in it, so this shows nothing");
         assert!(a.is_disjoint(&b), "{table}");
         assert_eq!(whole, a.union(&b).cloned().collect(), "{table}");
@@ -142,6 +142,12 @@ async fn no_table_shows_or_takes_another_projects_rows() {
         let row = format!("SELECT row_to_json(t)::text FROM {table} t LIMIT 1");
         let mut row: serde_json::Value =
             serde_json::from_str(&hers.fetch_one(AssertSqlSafe(row)).await.unwrap().get::<String, _>(0)).unwrap();
+        // Postgres keeps an escaped NUL, but reads none.
+        for member in ["task", "envelope"] {
+            if row.get(member).is_some() {
+                row[member] = serde_json::json!({});
+            }
+        }
         if table == "executions" {
             row["session_id"] = uuid::Uuid::new_v4().to_string().into();
         }
@@ -339,7 +345,7 @@ async fn roles_that_could_see_more_are_not_bound() {
     // Unbound, it is nobody, and can be dropped.
     anna.store.close().await;
     execute(&owner, &format!("SELECT opencode_sidecar.unbind_role('{}')", anna.role)).await;
-    assert_eq!(refusal(&mut anna.login().await, "SELECT FROM executions").await, NO_RIGHT);
+    assert_eq!(refusal(&mut anna.login().await, "SELECT FROM opencode_sidecar.executions").await, NO_RIGHT);
     let (lonely, _) = bound_role(&owner, "carla").await;
     execute(&owner, &format!("SELECT opencode_sidecar.unbind_role('{lonely}'); DROP ROLE {lonely}")).await;
 }
