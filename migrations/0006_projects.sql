@@ -125,13 +125,15 @@ BEGIN
 END
 $$;
 
--- Takes its project and its rights from a role. It can be dropped then.
+-- Takes its project and its rights from a role. It can be dropped then, and may have been.
 CREATE FUNCTION unbind_role(pod name) RETURNS void
 LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 BEGIN
     DELETE FROM project_roles WHERE role = pod;
-    EXECUTE format('REVOKE ALL ON ALL TABLES IN SCHEMA %I FROM %I', current_schema(), pod);
-    EXECUTE format('REVOKE ALL ON SCHEMA %I FROM %I', current_schema(), pod);
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = pod) THEN
+        EXECUTE format('REVOKE ALL ON ALL TABLES IN SCHEMA %I FROM %I', current_schema(), pod);
+        EXECUTE format('REVOKE ALL ON SCHEMA %I FROM %I', current_schema(), pod);
+    END IF;
 END
 $$;
 

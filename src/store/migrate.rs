@@ -130,7 +130,7 @@ impl Store {
             return Err(StoreError::Role(why));
         }
         if let Some(wider) = role.warning() {
-            tracing::warn!(role = role.name, "of the database role: {wider}");
+            tracing::warn!("the database role {}: {wider}", role.name);
         }
         Ok(())
     }

@@ -1,5 +1,7 @@
 //! Two projects in one schema, with a role each: sidecars that run real tasks, and what each of them could read.
 
+#![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
+
 use crate::support::postgres::{bound_role, fresh_database, new_role};
 use crate::support::sidecar::{World, subcommand};
 use opencode_sidecar::scripted::Script;

@@ -348,6 +348,13 @@ async fn roles_that_could_see_more_are_not_bound() {
     assert_eq!(refusal(&mut anna.login().await, "SELECT FROM opencode_sidecar.executions").await, NO_RIGHT);
     let (lonely, _) = bound_role(&owner, "carla").await;
     execute(&owner, &format!("SELECT opencode_sidecar.unbind_role('{lonely}'); DROP ROLE {lonely}")).await;
+    // The other way round: whoever comes later under its name has not its project.
+    let (dropped, _) = bound_role(&owner, "carla").await;
+    execute(&owner, &format!("DROP OWNED BY {dropped}; DROP ROLE {dropped}; CREATE ROLE {dropped}")).await;
+    assert!(bind(&mut all, &dropped, "berta").await.contains("unbind_role first"));
+    let no_right = format!("SET ROLE {dropped}; SELECT FROM opencode_sidecar.executions");
+    assert_eq!(refusal(&mut login(&owner).await, &no_right).await, NO_RIGHT);
+    execute(&owner, &format!("DROP ROLE {dropped}; SELECT opencode_sidecar.unbind_role('{dropped}')")).await;
 }
 
 /// The end of a start, and what it says.
