@@ -25,7 +25,7 @@ use crate::opencode::launch::{Ports, find_command};
 use crate::opencode::profile::Profile;
 use crate::protection::Protections;
 use crate::sandbox::{Resources, Sandbox, wait_for_earlier_jails};
-use crate::secrets::SealingKey;
+use crate::secrets::OwnKeys;
 use crate::sessions::{Sessions, Wanted};
 use crate::store::{DatabaseOptions, Embedded, EmbeddedError, Store, StoreError};
 use crate::tasks::Tasks;
@@ -144,7 +144,11 @@ impl Database {
         };
         let options = DatabaseOptions { url, schema: config.database_schema.clone(), max_connections: CONNECTIONS };
         let deadline = Instant::now() + DATABASE_WAIT;
-        let store = Store::connect(&options).await?;
+        let mut store = Store::connect(&options).await?;
+        // The embedded server is this sidecar's alone; and who migrates is nobody's pod.
+        if embedded.is_none() && !needed {
+            store = store.for_project(&config.project_id);
+        }
         loop {
             let looked = tokio::time::timeout(DATABASE_LOOK, store.ping()).await;
             let tried = match looked.unwrap_or_else(|_| Err(StoreError::timeout(DATABASE_LOOK))) {
@@ -312,7 +316,7 @@ impl App {
         );
         let (events, inherited) = started.await.map_err(StartError::Journal)?;
         let sealing = config.state_dir.join("sealing.key");
-        let sealing = SealingKey::of_file(&sealing).map_err(|source| StartError::Sealing { path: sealing, source })?;
+        let sealing = OwnKeys::open(&sealing).map_err(|source| StartError::Sealing { path: sealing, source })?;
         let default_model = config.default_model.as_ref().map(|model| {
             let endpoint = model.endpoint.as_str().trim_end_matches('/');
             let choice = ModelChoice::new(model.provider, &model.model, endpoint);
@@ -374,7 +378,7 @@ impl App {
                     unheld: protections.unheld.clone(),
                     unheld_cpu: protections.unheld_cpu.clone(),
                 },
-                sealing,
+                sealing: sealing.clone(),
                 protections: protections.names.clone(),
                 session_idle: config.session_idle_timeout,
                 max_open: max_open(&config, &protections),
@@ -388,7 +392,11 @@ impl App {
             metrics.clone(),
         );
         let notifier = notifier(&config, &auth, state.instance, &database.store, &metrics, &tasks)?;
-        executions.recover(inherited, journal.has_lost()).await;
+        let all_kept = executions.recover(inherited, journal.has_lost()).await;
+        // What still waits is sealed under this life's key now.
+        if all_kept && let Err(error) = sealing.forget_previous() {
+            tracing::warn!(%error, "the sealing key of an earlier life cannot be removed");
+        }
         // Only now: a start that ended before this would have the next one forget a loss of power.
         journal.begin().map_err(StartError::Journal)?;
         tasks.spawn("lease", executions.clone().hold_lease());

@@ -10,7 +10,7 @@ use crate::opencode::launch::find_command;
 use crate::protection::Protections;
 use crate::sandbox::confine::{Offers, Protection};
 use crate::sandbox::{KillMeans, Resources, RunError, Sandbox, Spec};
-use crate::store::{DatabaseOptions, Embedded, Store};
+use crate::store::{DatabaseOptions, Embedded, Role, Store, StoreError};
 use crate::tasks::Tasks;
 use crate::telemetry::chain;
 use nix::unistd::{AccessFlags, eaccess};
@@ -398,14 +398,42 @@ async fn database(report: &mut Report, config: &Config) {
     };
     let options = DatabaseOptions { url: url.clone(), schema: config.database_schema.clone(), max_connections: 1 };
     let asked = async {
-        let store = Store::connect(&options).await?;
-        let answer = store.ping().await;
+        let store = Store::connect(&options).await?.for_project(&config.project_id);
+        store.ping().await?;
+        let role = store.role().await;
         store.close().await;
-        answer
+        Ok::<_, StoreError>(role)
     };
     match tokio::time::timeout(PATIENCE, asked).await {
-        Ok(Ok(())) => report.add("database", State::Ok, "DATABASE_URL answers"),
+        Ok(Ok(role)) => {
+            report.add("database", State::Ok, "DATABASE_URL answers");
+            database_role(report, config, role);
+        }
         Ok(Err(error)) => report.add("database", State::Failed, format!("DATABASE_URL: {}", chain(&error))),
         Err(_) => report.add("database", State::Failed, "DATABASE_URL does not answer"),
+    }
+}
+
+/// Whose rows whoever takes over the sidecar could read.
+fn database_role(report: &mut Report, config: &Config, role: Result<Option<Role>, StoreError>) {
+    let name = "database_role";
+    match role {
+        Err(error) => report.add(name, State::Failed, chain(&error)),
+        Ok(None) => {
+            let why =
+                "not known, because the tables are not there yet, or not those of this version: a start sees to that";
+            report.add(name, State::Unknown, why);
+        }
+        Ok(Some(role)) => {
+            if let Some(why) = role.refusal(&config.project_id, &config.database_schema) {
+                report.add(name, State::Failed, why);
+            } else if let Some(wider) = role.warning() {
+                report.add(name, State::Missing, format!("role {}: {wider}", role.name));
+            } else {
+                let bound =
+                    format!("role {} is bound to project {}, and sees no other's rows", role.name, config.project_id);
+                report.add(name, State::Ok, bound);
+            }
+        }
     }
 }

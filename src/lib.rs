@@ -94,6 +94,8 @@
 //! | what a terminal is protected from | `console::clean` |
 //! | which variables there are | [`config`], and [`config::reference`] |
 //! | the tables | `migrations/` |
+//! | why a project's role sees no other's rows | `migrations/0006_projects.sql`, and `store::role` for what is said of it |
+//! | what the sidecar's own secrets are sealed under | `secrets::own`, over `secrets::seal` |
 //! | how old executions are removed | `executions::retention`, then `store::retention` |
 
 pub mod api;

@@ -1,12 +1,15 @@
-//! Making secrets, reading them from where they are (`source`), opening sealed ones (`seal`), checking what was signed with
-//! one (`token`, over `provider`), and taking them out of texts (`redact`). Keeping them is the business of whoever holds them, as `SecretString`.
+//! Making secrets, reading them from where they are (`source`), opening sealed ones (`seal`; with the sidecar's own keys,
+//! `own`), checking what was signed with one (`token`, over `provider`), and taking them out of texts (`redact`). Keeping
+//! them is the business of whoever holds them, as `SecretString`.
 
+mod own;
 mod provider;
 mod redact;
 mod seal;
 mod source;
 mod token;
 
+pub use own::OwnKeys;
 pub use redact::{Cleaned, Redactor, Scanner};
 pub use seal::{Keyring, OpenError, SealingKey};
 pub use source::{Source, Sources, TokenSource, secrets};

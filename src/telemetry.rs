@@ -442,6 +442,11 @@ impl Metrics {
         self.0.events.with_label_values(&[kind.as_str()]).inc();
     }
 
+    /// These kinds of secrets are looked for.
+    pub fn looks_for(&self, kinds: impl Iterator<Item = &'static str>) {
+        kinds.for_each(|kind| drop(self.0.redacted.with_label_values(&[kind])));
+    }
+
     /// A secret of this kind was kept out of a log.
     pub fn redacted(&self, kind: &str) {
         self.0.redacted.with_label_values(&[kind]).inc();

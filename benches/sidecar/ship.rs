@@ -1,6 +1,6 @@
-//! Events into Postgres: by the store, in batches as the shipper makes them, and by one raw `COPY` of the very same rows
-//! into a table that the same migrations made in another schema: in binary, which costs the server the least, and all at
-//! once.
+//! Events into Postgres: by the store, in batches as the shipper makes them and with a role that row security holds to its
+//! project, and by one raw `COPY` of the very same rows into a table that the same migrations made in another schema: in
+//! binary, which costs the server the least, all at once, by the owner and without the trigger that row security needs.
 
 use crate::World;
 use crate::made::{event, record};
@@ -21,6 +21,10 @@ const EXECUTIONS: usize = 8;
 const BATCH: usize = 4000;
 const COLUMNS: &str = "execution_events (execution_id, seq, type, severity, ts, envelope)";
 
+/// What the owner of the tables does first. [`made::record`](crate::made::record) has the project.
+const BOUND: &str = "CREATE ROLE pod LOGIN PASSWORD 'x'; SELECT bind_role('pod', 'bench')";
+const BARE: &str = "DROP TRIGGER of_own_executions ON execution_events";
+
 /// One side: a schema with the sidecar's tables.
 struct Side {
     store: Store,
@@ -28,14 +32,20 @@ struct Side {
 }
 
 impl Side {
-    async fn new(postgres: &Embedded, schema: &str) -> Self {
-        let options = DatabaseOptions { url: postgres.url(), schema: schema.to_owned(), max_connections: 1 };
+    async fn new(postgres: &Embedded, schema: &str, set_up: &str) -> Self {
+        let mut options = DatabaseOptions { url: postgres.url(), schema: schema.to_owned(), max_connections: 1 };
         let store = Store::connect(&options).await.unwrap();
         store.migrate().await.unwrap();
         // As the store has it, but for the limit of 10 s for a statement: all events are in one here.
         let mut connection = PgConnection::connect(options.url.expose_secret()).await.unwrap();
-        connection.execute(AssertSqlSafe(format!("SET search_path TO {schema}"))).await.unwrap();
-        Self { store, connection }
+        connection.execute(AssertSqlSafe(format!("SET search_path TO {schema}; {set_up}"))).await.unwrap();
+        let mut url = url::Url::parse(options.url.expose_secret()).unwrap();
+        if set_up == BOUND {
+            url.set_username("pod").unwrap();
+            url.set_password(Some("x")).unwrap();
+        }
+        options.url = url.to_string().into();
+        Self { store: Store::connect(&options).await.unwrap(), connection }
     }
 
     /// The executions are there, and no events. What was written before is on the disk and in nobody's way.
@@ -84,7 +94,8 @@ fn rate(started: Instant) -> f64 {
 pub(crate) async fn run(world: &World) {
     let state = directory();
     let postgres = Embedded::start(&world.sandbox, &world.tasks, state.path()).await.unwrap();
-    let (mut ours, mut raw) = (Side::new(&postgres, "ours").await, Side::new(&postgres, "raw").await);
+    let (mut ours, mut raw) = (Side::new(&postgres, "ours", BOUND).await, Side::new(&postgres, "raw", BARE).await);
+    assert!(ours.store.role().await.unwrap().is_some_and(|role| role.held && role.wider.is_none()));
     let records: Vec<_> = (0..EXECUTIONS).map(|_| record()).collect();
     let mut bytes = 0;
     let writes: Vec<_> = (0..EVENTS)
@@ -116,7 +127,10 @@ pub(crate) async fn run(world: &World) {
         copied.push(copy / 1000.0);
         ratios.push(commit / copy);
     }
-    let sides = [Row::new("by the store, batches of 4000", committed), Row::new("one raw COPY (binary)", copied)];
+    let sides = [
+        Row::new("by the store as a bound role, batches of 4000", committed),
+        Row::new("one raw COPY (binary)", copied),
+    ];
     print("events into Postgres, in thousands a second", "k/s", Shown::Spread, &sides);
     // What else the machine does meets both sides of a round.
     let ratio = Row::new("the store ÷ COPY", ratios);

@@ -43,6 +43,7 @@ pub fn routes(api: StreamApi) -> utoipa_axum::router::OpenApiRouter {
 
 #[derive(Debug, Default, Deserialize, utoipa::IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 struct StreamQuery {
     /// Only events after this one; everything from the start without it. For SSE `Last-Event-ID` says the same.
     #[serde(default)]

@@ -260,6 +260,11 @@ impl Writer {
         self.shared.queue.flushed().await;
     }
 
+    /// Keeps the key of its model, sealed anew, for a later life of the sidecar: before whatever is appended next.
+    pub fn keep_credentials(&self, sealed: String) {
+        self.keep_fact(Fact::Credentials(sealed));
+    }
+
     /// Keeps how the run has ended for a later life of the sidecar, which tells it where this one does not come to that.
     pub fn keep_outcome(&self, outcome: Outcome) {
         self.keep_fact(Fact::Outcome(outcome));

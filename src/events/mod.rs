@@ -26,6 +26,7 @@ use crate::journal::Journal;
 use crate::model::event::{Event, EventType, NewEvent, Severity};
 use crate::model::idempotency::KEY_LIFE;
 use crate::model::{ExecutionId, ExecutionRecord, Idempotency, SessionRecord, Submitted};
+use crate::secrets::Redactor;
 use crate::store::{EventQuery, Fact, Store, StoreError, Write};
 use crate::tasks::Tasks;
 use crate::telemetry::Metrics;
@@ -115,6 +116,7 @@ impl Events {
         redacts: bool,
         tasks: &Tasks,
     ) -> io::Result<(Self, Inherited)> {
+        metrics.looks_for(Redactor::kinds());
         let reader = Arc::clone(&journal);
         let left = tasks.spawn_blocking(move || replay::read(&reader)).await;
         let replay::Left { ledger, parcels, logs } = left.unwrap_or_else(|error| Err(io::Error::other(error)))?;

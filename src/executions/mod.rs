@@ -44,7 +44,7 @@ use crate::model::request::TaskRequest;
 use crate::model::{
     ExecutionId, ExecutionRecord, Fingerprint, Idempotency, Reason, SessionId, Status, Submitted, Task,
 };
-use crate::secrets::SealingKey;
+use crate::secrets::OwnKeys;
 use crate::sessions::Sessions;
 use crate::store::{Cursor, Fact, HistoryFilter, Store, StoreError};
 use crate::tasks::Tasks;
@@ -86,7 +86,7 @@ pub struct Settings {
     pub max_queued: usize,
     pub ceilings: Ceilings,
     /// Seals the keys of models of executions that may have to survive a restart.
-    pub sealing: SealingKey,
+    pub sealing: OwnKeys,
     /// Protections that are on for sessions, by name.
     pub protections: Vec<String>,
     /// How long the process of a caller's session rests before it is parked.

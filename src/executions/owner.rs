@@ -170,8 +170,9 @@ impl Owner {
         work.suspended && work.state.ending.is_none()
     }
 
-    /// It was taken up after a restart: its open calls have no result, and it waits for its turn.
-    pub(super) async fn restarted(&self, cut_off: Vec<NewEvent>, message: &str) {
+    /// It was taken up after a restart: its open calls have no result, and it waits for its turn. `false` where that did not
+    /// get onto the disk.
+    pub(super) async fn restarted(&self, cut_off: Vec<NewEvent>, message: &str) -> bool {
         let calls: Vec<_> = cut_off.iter().map(|call| call.data["call_id"].clone()).collect();
         let severity = if calls.is_empty() { Severity::Info } else { Severity::Warn };
         for call in cut_off {
@@ -182,7 +183,7 @@ impl Owner {
         let seq = self.writer.append(event).await;
         // With its generation, and with its epoch.
         self.writer.progress(self.lock().record.clone());
-        self.writer.committed(seq).await;
+        self.writer.committed(seq).await
     }
 
     /// What is left to do is to end its processes: should the sidecar go away over that, the next life knows how it ended.

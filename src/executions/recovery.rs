@@ -31,8 +31,8 @@ const PAUSE: Duration = Duration::from_secs(2);
 
 /// What becomes of an execution that was left.
 enum Fate {
-    /// It waits for its turn again, to begin or to go on; for people, why.
-    Waits { api_key: SecretString, resumption: Option<Resumption>, message: &'static str },
+    /// It waits for its turn again, to begin or to go on, with its key as it is sealed now; for people, why.
+    Waits { api_key: SecretString, sealed: String, resumption: Option<Resumption>, message: &'static str },
     /// Its run had ended.
     HasEnded(Outcome),
     /// It ends; for people, why.
@@ -56,13 +56,15 @@ pub fn sessions_to_keep(inherited: &Inherited) -> BTreeSet<SessionId> {
 
 impl Executions {
     /// Takes care of what an earlier life of this instance left in the journal. With `has_lost` the logs may lack events
-    /// that somebody saw, and go on under a new epoch. Call it before anything is taken in, and once.
-    pub async fn recover(&self, inherited: Inherited, has_lost: bool) {
+    /// that somebody saw, and go on under a new epoch. Call it before anything is taken in, and once. Returns whether the keys
+    /// of all that waits are on the disk as they are sealed now.
+    pub async fn recover(&self, inherited: Inherited, has_lost: bool) -> bool {
         failpoint::pass("recovery-begun");
         self.shared.keys.remember(inherited.keys);
         self.shared.keys_known.store(inherited.keys_known, Ordering::SeqCst);
+        let mut all_kept = true;
         for standing in inherited.standing {
-            self.take_up(standing, has_lost).await;
+            all_kept &= self.take_up(standing, has_lost).await;
             failpoint::pass("recovery-taken-up");
         }
         let is_ours = is_recent(self.shared.settings.alive.as_path(), self.shared.settings.lease);
@@ -85,11 +87,13 @@ impl Executions {
             // It takes no time that anybody feels. Where it does after all it goes on beside everything else.
             let _ = tokio::time::timeout(LOOK, catching_up).await;
         }
+        all_kept
     }
 
-    async fn take_up(&self, standing: Standing, has_lost: bool) {
+    /// `false` where it waits and its key is not on the disk as it is sealed now.
+    async fn take_up(&self, standing: Standing, has_lost: bool) -> bool {
         let id = standing.record.id;
-        let Some(writer) = self.shared.events.reopen(id) else { return };
+        let Some(writer) = self.shared.events.reopen(id) else { return true };
         let fate = self.fate(&standing);
         let Standing { mut record, open_tools, .. } = standing;
         record.generation = record.generation.saturating_add(1);
@@ -99,12 +103,15 @@ impl Executions {
         let was = record.status.as_str();
         let calls: Vec<_> = open_tools.iter().map(cut_off).collect();
         match fate {
-            Fate::Waits { api_key, resumption, message } => {
+            Fate::Waits { api_key, sealed, resumption, message } => {
+                // Under the key of this life: that of the one before is about to go.
+                writer.keep_credentials(sealed);
                 tracing::info!(execution = %id, status = was, "an execution goes on after a restart");
                 writer.hide(&api_key);
                 let owner = self.adopt(record, writer, None, resumption);
-                owner.restarted(calls, message).await;
+                let kept = owner.restarted(calls, message).await;
                 self.shared.lock_held().insert(id, Queued { owner, api_key });
+                return kept;
             }
             Fate::HasEnded(outcome) => {
                 let owner = self.adopt(record, writer, None, None);
@@ -118,6 +125,7 @@ impl Executions {
                 self.forget(&owner);
             }
         }
+        true
     }
 
     /// Lets what was taken up wait for its turn, but for what another sidecar has taken over meanwhile. Where the database
@@ -166,25 +174,38 @@ impl Executions {
             });
         }
         let sealed = standing.credentials.as_deref().unwrap_or_default();
-        let Ok(api_key) = self.shared.settings.sealing.unseal(sealed, record.id.0.as_bytes()) else {
-            tracing::error!(execution = %record.id, "the key of the task's model cannot be opened again");
-            return Fate::Ends(
-                "The sidecar or its node went away, and the key of the task's model cannot be opened again.",
-            );
+        let keys = &self.shared.settings.sealing;
+        let api_key = match keys.unseal(sealed, record.id.0.as_bytes()) {
+            Ok(api_key) => api_key,
+            Err(why) => {
+                tracing::error!(execution = %record.id, %why, "the key of the task's model cannot be opened again");
+                return Fate::Ends(
+                    "The sidecar or its node went away, and the key of the task's model cannot be opened again.",
+                );
+            }
+        };
+        let sealed = match keys.seal(&api_key, record.id.0.as_bytes()) {
+            Ok(sealed) => sealed,
+            Err(error) => {
+                tracing::error!(execution = %record.id, %error, "the key of the task's model cannot be sealed again");
+                return Fate::Ends(
+                    "The sidecar or its node went away, and the key of the task's model cannot be sealed again.",
+                );
+            }
         };
         if is_waiting {
             let message = "The sidecar was restarted; the task still waits for its turn.";
-            return Fate::Waits { api_key, resumption: None, message };
+            return Fate::Waits { api_key, sealed, resumption: None, message };
         }
         let Some(conversation) = &standing.conversation else {
             let message = "The sidecar was restarted before the agent had got the task; it begins.";
-            return Fate::Waits { api_key, resumption: None, message };
+            return Fate::Waits { api_key, sealed, resumption: None, message };
         };
         match self.shared.sessions.left(record.session_id, conversation) {
             Some(parked) => {
                 let resumption = Some(Resumption { parked, message: what_was_cut_off(&standing.open_tools) });
                 let message = "The sidecar or its node went away while the task was running; it goes on where it was.";
-                Fate::Waits { api_key, resumption, message }
+                Fate::Waits { api_key, sealed, resumption, message }
             }
             None => Fate::Ends("The sidecar or its node went away, and what the task's session had on disk is gone."),
         }

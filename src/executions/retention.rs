@@ -86,13 +86,13 @@ impl Executions {
 
     /// One transaction, or up to three where nothing was left to remove. Nothing is left to do where it returns nothing.
     async fn step(&self) -> Result<Forgotten, StoreError> {
-        let store = &self.shared.store;
-        let purged = store.purge(EVENTS).await?;
+        let (store, project) = (&self.shared.store, &*self.shared.settings.project);
+        let purged = store.purge(project, EVENTS).await?;
         let Some(age) = self.shared.settings.retention.filter(|_| purged.is_empty()) else { return Ok(purged) };
-        let mut expired = store.expire(&self.shared.settings.project, Utc::now() - age, EXPIRED).await?;
+        let mut expired = store.expire(project, Utc::now() - age, EXPIRED).await?;
         if expired.is_empty() {
-            // What it has taken out of the project is counted when it is removed.
-            expired += store.purge(EVENTS).await?;
+            // What it has taken out of sight is counted when it is removed.
+            expired += store.purge(project, EVENTS).await?;
         }
         Ok(expired)
     }

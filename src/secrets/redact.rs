@@ -23,6 +23,8 @@ const MIN_BEGINNING: usize = 3;
 /// How much of what was given out is remembered: what stands before a secret tells whether it is one.
 const MAX_BEFORE: usize = 24;
 
+const OWN: &str = "the session's key";
+
 /// What is looked for.
 #[derive(Clone, Debug, Default)]
 pub struct Redactor {
@@ -42,6 +44,11 @@ impl Redactor {
     /// Looks for the usual shapes, where `shapes` says so, and for nobody's own key yet.
     pub fn new(shapes: bool) -> Self {
         Self { own: None, shapes }
+    }
+
+    /// What there is to be found, each once.
+    pub fn kinds() -> impl Iterator<Item = &'static str> {
+        std::iter::once(OWN).chain(shapes::kinds())
     }
 
     /// Whether it looks for the usual shapes from now on.
@@ -113,7 +120,7 @@ impl Redactor {
 fn find_own(own: &str, text: &str, from: usize, whole: bool) -> Found {
     if let Some(at) = text[from..].find(own) {
         let at = from + at;
-        return Found::Secret { at, until: at + own.len(), kind: "the session's key", rest: Rest::None };
+        return Found::Secret { at, until: at + own.len(), kind: OWN, rest: Rest::None };
     }
     if !whole {
         let most = (own.len() - 1).min(text.len() - from);

@@ -46,39 +46,42 @@ impl SealingKey {
         Some(text)
     }
 
-    /// The key in a file of the sidecar's own, which is made where there is none: 32 random bytes, for this user alone.
+    /// The key that a file holds; `None` where there is none.
     ///
     /// # Errors
-    /// It cannot be read or made; `InvalidData` where the file holds something else.
-    pub fn of_file(path: &Path) -> io::Result<Self> {
+    /// It cannot be read; `InvalidData` where the file holds something else.
+    pub(super) fn of_file(path: &Path) -> io::Result<Option<Self>> {
         let bytes = match fs::read(path) {
             Ok(bytes) => Zeroizing::new(bytes),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::make(path)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
         let mut key = Box::new([0; KEY_LEN]);
         if bytes.len() != KEY_LEN {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "it does not hold a key of 32 bytes"));
+            let what = format!("{} does not hold a key of 32 bytes", path.display());
+            return Err(io::Error::new(io::ErrorKind::InvalidData, what));
         }
         key.copy_from_slice(&bytes);
-        Ok(Self(Arc::new(SecretBox::new(key))))
+        Ok(Some(Self(Arc::new(SecretBox::new(key)))))
     }
 
-    fn make(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
-        let mut bytes = Zeroizing::new(vec![0; KEY_LEN]);
-        SystemRandom::new().fill(&mut bytes).map_err(|_| io::Error::other("no random bytes"))?;
-        // Whole or not at all: half a key would open nothing of what another half had sealed.
-        let new = path.with_extension("new");
-        let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-        file.write_all(&bytes)?;
+    /// A new one of 32 random bytes, in a new file for this user alone, on the disk.
+    ///
+    /// # Errors
+    /// No random bytes, or the file cannot be made.
+    pub(super) fn make(path: &Path) -> io::Result<Self> {
+        let mut key = Box::new([0; KEY_LEN]);
+        SystemRandom::new().fill(&mut key[..]).map_err(|_| io::Error::other("no random bytes"))?;
+        let key = SecretBox::new(key);
+        let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+        file.write_all(&key.expose_secret()[..])?;
         file.sync_all()?;
-        fs::rename(new, path)?;
-        path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())?;
-        Ok(bytes)
+        Ok(Self(Arc::new(key)))
     }
 
     /// Seals a text so that it opens only together with what it belongs to. The base64 of
-    /// `nonce(12) ‖ ciphertext ‖ tag(16)`; the nonce is random, which is safe for 2³² values under one key.
+    /// `nonce(12) ‖ ciphertext ‖ tag(16)`; the nonce is random, which is safe for 2³² values under one key: whoever has the
+    /// key counts them.
     ///
     /// # Errors
     /// No random bytes.
@@ -99,7 +102,10 @@ impl SealingKey {
     /// # Errors
     /// [`OpenError`]
     pub fn unseal(&self, sealed: &str, belongs_to: &[u8]) -> Result<SecretString, OpenError> {
-        open(sealed, |nonce, rest| self.open(nonce, rest, belongs_to))
+        open(sealed, |nonce, rest| self.open(nonce, rest, belongs_to)).map_err(|error| match error {
+            OpenError::Unopened => OpenError::Foreign,
+            other => other,
+        })
     }
 }
 
@@ -133,6 +139,9 @@ pub enum OpenError {
     Short,
     #[error("cannot be opened with the configured keys (ENCRYPTION_KEY, ENCRYPTION_KEY_PREVIOUS)")]
     Unopened,
+    /// Of what the sidecar has sealed itself.
+    #[error("was sealed under another key than those in STATE_DIR, or for something else, or was changed")]
+    Foreign,
     #[error("holds no text")]
     NoText,
 }
@@ -154,30 +163,33 @@ impl Keyring {
 mod tests {
     use super::*;
 
-    // Made by two other implementations. Python's `cryptography`:
-    //
-    //     key, old, other = (bytes(range(n, n + 32)) for n in (0, 100, 200))
-    //     def seal(k, text, nonce): return b64encode(nonce + AESGCM(k).encrypt(nonce, text, None)).decode()
-    //     seal(key, b"sk-sealed-under-the-current-key", bytes(range(12)))
-    //     seal(old, b"sk-sealed-under-the-previous-key", bytes(range(12, 24)))
-    //     seal(other, b"sk-sealed-under-another-key", bytes(range(24, 36)))
-    //     seal(key, b"", bytes(range(36, 48))), seal(key, b"\xff\xfe", bytes(range(48, 60)))
-    //
-    // and Go's crypto/cipher, as the backend has it, for `GO` (key as above, nonce 84, 85 … 95):
-    //
-    //     gcm.Seal(nonce, nonce, []byte("sk-sealed-as-the-backend-does"), nil)
-    const KEY: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
-    const OLD: &str = "ZGVmZ2hpamtsbW5vcHFyc3R1dnd4eXp7fH1+f4CBgoM=";
-    const CURRENT: &str = "AAECAwQFBgcICQoLNGn7aKCErn7pbOLl1YwKQPe+4hmTDi0OXQmRqHYMeYwGH6Bo76jk1W4kSnMpmY4=";
-    const PREVIOUS: &str = "DA0ODxAREhMUFRYX5zS4Bu22iUp0pKAQnCt8DDMAPLDtHGoCbOjZpomgD9dYydSizkGKusfArxVeOWBf";
-    const OTHER: &str = "GBkaGxwdHh8gISIjxk7kK0fxsn556joBQrP7wXY94d0Qk/MjhD8FlNZOOXlI3o0yfB14HcdVbQ==";
-    const EMPTY: &str = "JCUmJygpKissLS4vGbZHQ5gjtDJ9T6hNDNsSEA==";
-    const NO_TEXT: &str = "MDEyMzQ1Njc4OTo7TMsGMJrksrMajYil0LiWdYIP";
-    const GO: &str = "VFVWV1hZWltcXV5fHaiyyXVhEIk2zkb5NPHi4wWCIZe9e8FVPYHCR/r6YLXQjKPp7Z006eRTF5yM";
+    /// Made by two other implementations, `tests/vectors/seal.py` and `seal.go`, which write the very same: name, key, what it
+    /// is bound to, text, and the sealed form.
+    const VECTORS: &str = include_str!("../../tests/vectors/sealed.tsv");
 
-    fn keyring(previous: Option<&str>) -> Keyring {
-        let previous = previous.map(|key| SealingKey::parse(key).unwrap());
-        Keyring { current: SealingKey::parse(KEY).unwrap(), previous }
+    struct Vector {
+        key: SealingKey,
+        row: Vec<u8>,
+        text: Vec<u8>,
+        sealed: &'static str,
+    }
+
+    fn vector(name: &str) -> Vector {
+        let line = VECTORS.lines().find(|line| line.split('\t').next() == Some(name)).unwrap();
+        let [_, key, row, text, sealed] = line.split('\t').collect::<Vec<_>>().try_into().unwrap();
+        let byte = |hex: &str, at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
+        let bytes = |hex: &str| (0..hex.len()).step_by(2).map(|at| byte(hex, at)).collect();
+        let (row, text) = (bytes(row), bytes(text));
+        Vector { key: SealingKey::parse(key).unwrap(), row, text, sealed }
+    }
+
+    fn sealed(name: &str) -> &'static str {
+        vector(name).sealed
+    }
+
+    /// Of the first key, and where asked for the one before it.
+    fn keyring(with_previous: bool) -> Keyring {
+        Keyring { current: vector("current").key, previous: with_previous.then(|| vector("previous").key) }
     }
 
     fn open(keyring: &Keyring, sealed: &str) -> Result<String, OpenError> {
@@ -186,62 +198,92 @@ mod tests {
 
     #[test]
     fn what_others_sealed_is_opened() {
-        let both = keyring(Some(OLD));
-        assert_eq!(open(&both, CURRENT).unwrap(), "sk-sealed-under-the-current-key");
-        assert_eq!(open(&both, GO).unwrap(), "sk-sealed-as-the-backend-does");
-        assert_eq!(open(&both, PREVIOUS).unwrap(), "sk-sealed-under-the-previous-key");
-        assert_eq!(open(&both, EMPTY).unwrap(), "");
-        assert_eq!(open(&keyring(None), CURRENT).unwrap(), "sk-sealed-under-the-current-key");
-        assert_eq!(open(&keyring(None), PREVIOUS), Err(OpenError::Unopened));
-        assert_eq!(open(&both, OTHER), Err(OpenError::Unopened));
-        assert_eq!(open(&both, NO_TEXT), Err(OpenError::NoText));
+        for name in ["current", "previous", "empty", "lines", "long"] {
+            let Vector { text, sealed, .. } = vector(name);
+            assert_eq!(open(&keyring(true), sealed).unwrap().as_bytes(), text, "{name}");
+        }
+        assert!(open(&keyring(false), sealed("current")).is_ok());
+        assert_eq!(open(&keyring(false), sealed("previous")), Err(OpenError::Unopened));
+        assert_eq!(open(&keyring(true), sealed("other")), Err(OpenError::Unopened));
+        assert_eq!(open(&keyring(true), sealed("no-text")), Err(OpenError::NoText));
+        assert!(OpenError::Unopened.to_string().contains("ENCRYPTION_KEY"));
+        // What is bound to a row is not taken for something of the backend's.
+        assert_eq!(open(&keyring(true), sealed("row")), Err(OpenError::Unopened));
+    }
+
+    #[test]
+    fn what_is_bound_to_a_row_opens_with_that_row_alone() {
+        let (one, other, before) = (vector("row"), vector("other-row"), vector("row-previous"));
+        let open = |key: &SealingKey, sealed: &str, row: &[u8]| {
+            key.unseal(sealed, row).map(|text| text.expose_secret().as_bytes().to_vec())
+        };
+        assert_eq!(open(&one.key, one.sealed, &one.row), Ok(one.text));
+        assert_eq!(open(&before.key, before.sealed, &before.row), Ok(before.text));
+        assert_eq!(open(&other.key, other.sealed, &other.row), Ok(other.text));
+        // Swapped, without any, cut, and under the key of another life.
+        for (key, sealed, row) in [
+            (&one.key, one.sealed, &other.row[..]),
+            (&one.key, other.sealed, &one.row),
+            (&one.key, one.sealed, b""),
+            (&one.key, one.sealed, &one.row[..15]),
+            (&one.key, before.sealed, &before.row),
+            (&one.key, sealed("current"), &one.row),
+        ] {
+            assert_eq!(open(key, sealed, row), Err(OpenError::Foreign));
+        }
     }
 
     /// Each single bit counts, wherever it is: in the nonce, the ciphertext or the tag.
     #[test]
     fn what_was_changed_is_not_opened() {
-        let bytes = STANDARD.decode(CURRENT).unwrap();
+        let bytes = STANDARD.decode(sealed("current")).unwrap();
         for bit in 0..bytes.len() * 8 {
             let mut changed = bytes.clone();
             changed[bit / 8] ^= 1 << (bit % 8);
-            assert_eq!(open(&keyring(Some(OLD)), &STANDARD.encode(changed)), Err(OpenError::Unopened), "bit {bit}");
+            assert_eq!(open(&keyring(true), &STANDARD.encode(changed)), Err(OpenError::Unopened), "bit {bit}");
         }
         for length in 0..bytes.len() {
             let error = if length < SHORTEST { OpenError::Short } else { OpenError::Unopened };
-            assert_eq!(open(&keyring(None), &STANDARD.encode(&bytes[..length])), Err(error), "{length} bytes");
+            assert_eq!(open(&keyring(false), &STANDARD.encode(&bytes[..length])), Err(error), "{length} bytes");
         }
-        for text in ["!", "AAEC AwQF", &CURRENT[..CURRENT.len() - 1], &CURRENT.replace('+', "-")] {
-            assert_eq!(open(&keyring(None), text), Err(OpenError::Base64), "{text}");
+        let good = sealed("current");
+        for text in ["!", "AAEC AwQF", &good[..good.len() - 1], &good.replace('+', "-"), &format!("{good}\n")] {
+            assert_eq!(open(&keyring(false), text), Err(OpenError::Base64), "{text}");
         }
+        assert_eq!(open(&keyring(false), ""), Err(OpenError::Short));
+        // As much as a request can hold, and more.
+        assert_eq!(open(&keyring(true), &"A".repeat(16 << 20)), Err(OpenError::Unopened));
+        assert_eq!(open(&keyring(true), &"=".repeat(16 << 20)), Err(OpenError::Base64));
     }
 
     #[test]
     fn a_key_has_32_bytes_and_is_not_shown() {
-        for text in ["", "x", "AAEC", &KEY[..43], &STANDARD.encode([1; 31]), &STANDARD.encode([1; 33])] {
+        let good = STANDARD.encode([1; 32]);
+        assert!(SealingKey::parse(&good).is_some());
+        for text in ["", "x", "AAEC", &good[..43], &STANDARD.encode([1; 31]), &STANDARD.encode([1; 33])] {
             assert!(SealingKey::parse(text).is_none(), "{text}");
         }
-        let shown = format!("{:?}", keyring(Some(OLD)));
+        let shown = format!("{:?}", keyring(true));
         assert_eq!(shown.matches("REDACTED").count(), 2, "{shown}");
     }
 
     #[test]
     fn what_is_sealed_here_opens_with_the_same_key_for_the_same_thing_only() {
-        use std::os::unix::fs::PermissionsExt;
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("sealing.key");
-        let key = SealingKey::of_file(&path).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let (key, other) = (vector("current").key, vector("other").key);
         let text = SecretString::from("sk-of-a-task-that-waits");
         let (one, two) = (key.seal(&text, b"a").unwrap(), key.seal(&text, b"a").unwrap());
-        assert_ne!(one, two, "a nonce of its own for each");
-        let again = SealingKey::of_file(&path).unwrap();
-        for sealed in [one, two] {
-            assert_eq!(again.unseal(&sealed, b"a").unwrap().expose_secret(), text.expose_secret());
-            assert!(matches!(again.unseal(&sealed, b"b"), Err(OpenError::Unopened)));
+        let nonce = |sealed: &str| STANDARD.decode(sealed).unwrap()[..NONCE_LEN].to_vec();
+        assert_ne!(nonce(&one), nonce(&two), "a nonce of its own for each");
+        for sealed in [&one, &two] {
+            assert_eq!(key.unseal(sealed, b"a").unwrap().expose_secret(), text.expose_secret());
+            assert!(matches!(key.unseal(sealed, b"b"), Err(OpenError::Foreign)));
+            assert!(matches!(other.unseal(sealed, b"a"), Err(OpenError::Foreign)));
         }
-        let other = SealingKey::of_file(&directory.path().join("other")).unwrap();
-        assert!(matches!(other.unseal(&key.seal(&text, b"a").unwrap(), b"a"), Err(OpenError::Unopened)));
-        fs::write(&path, "short").unwrap();
-        assert_eq!(SealingKey::of_file(&path).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        let bytes = STANDARD.decode(&one).unwrap();
+        for bit in 0..bytes.len() * 8 {
+            let mut changed = bytes.clone();
+            changed[bit / 8] ^= 1 << (bit % 8);
+            assert!(matches!(key.unseal(&STANDARD.encode(changed), b"a"), Err(OpenError::Foreign)), "bit {bit}");
+        }
     }
 }

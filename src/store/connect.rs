@@ -74,6 +74,8 @@ pub struct Store {
     away: watch::Sender<bool>,
     /// Which sidecar writes here, where that is known.
     pub(super) owner: Option<Uuid>,
+    /// Whose rows it is there for, where the role is to be held against that.
+    pub(super) project: Option<String>,
     /// Why its schema is not what this version needs yet; `None` where it is, or somebody else sees to that.
     unready: watch::Sender<Option<String>>,
 }
@@ -113,6 +115,7 @@ impl Store {
             callbacks_written: watch::Sender::new(0),
             away: watch::Sender::new(false),
             owner: None,
+            project: None,
             unready: watch::Sender::new(None),
         })
     }
@@ -142,6 +145,14 @@ impl Store {
     #[must_use]
     pub fn as_owner(mut self, owner: Uuid) -> Self {
         self.owner = Some(owner);
+        self
+    }
+
+    /// For this project: [`Store::migrate`] ends with an error where the role may not write its rows, and warns where it sees
+    /// those of others too.
+    #[must_use]
+    pub fn for_project(mut self, project: &str) -> Self {
+        self.project = Some(project.to_owned());
         self
     }
 

@@ -26,6 +26,9 @@ pub enum StoreError {
         #[source]
         source: Option<Box<MigrateError>>,
     },
+    /// The role of the connections is not the one that this project's sidecars are to have. An operator has to act.
+    #[error("the database role is not right: {0}")]
+    Role(String),
     /// A row holds something that this version cannot read.
     #[error("a stored row cannot be read: {0}")]
     Corrupt(String),

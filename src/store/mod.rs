@@ -3,7 +3,8 @@
 //! the same back. Everything above it may retry [`Store::commit`]; nothing above it sees a `sqlx` type.
 //!
 //! Table names are unqualified and each connection's `search_path` is `DATABASE_SCHEMA`, so that several sidecars
-//! can share a database, each in its own schema. Times are kept to the microsecond.
+//! can share a database, each in its own schema; and sidecars of several projects a schema, each with a role that is bound
+//! to its project (see [`Role`]). Times are kept to the microsecond.
 
 mod callbacks;
 mod connect;
@@ -13,6 +14,7 @@ mod lease;
 mod migrate;
 mod read;
 mod retention;
+mod role;
 mod row;
 mod sessions;
 mod write;
@@ -24,5 +26,6 @@ pub use error::StoreError;
 pub use lease::Beats;
 pub use read::{Cursor, EventQuery, HistoryFilter};
 pub use retention::Forgotten;
+pub use role::Role;
 pub use sessions::{SessionCursor, SessionView};
 pub use write::{Committed, Fact, Outcome, OutcomeFailure, Write};

@@ -60,7 +60,7 @@ impl Store {
                       protections, final_message, error, files_modified, usage::text AS "usage!",
                       created_at, started_at, completed_at, paused_ms, epoch, generation,
                       idempotency_caller, idempotency_key, fingerprint
-               FROM executions WHERE project_id = $1 AND id = $2"#,
+               FROM executions WHERE project_id = $1 AND id = $2 AND NOT forgotten"#,
             project,
             id.0
         );
@@ -86,7 +86,7 @@ impl Store {
                       created_at, started_at, completed_at, paused_ms, epoch, generation,
                       idempotency_caller, idempotency_key, fingerprint
                FROM executions
-               WHERE project_id = $1
+               WHERE project_id = $1 AND NOT forgotten
                  AND ($2::uuid IS NULL OR task_id = $2)
                  AND ($3::uuid IS NULL OR session_id = $3)
                  AND ($4::text IS NULL OR status = $4)
@@ -152,6 +152,7 @@ impl Store {
             r#"SELECT id, task_id, session_id, created_at, fingerprint AS "fingerprint!"
                FROM executions
                WHERE project_id = $1 AND idempotency_caller = $2 AND idempotency_key = $3 AND created_at > $4
+                 AND NOT forgotten
                ORDER BY created_at DESC LIMIT 1"#,
             project,
             &*text(caller),
@@ -186,7 +187,7 @@ impl Store {
             r#"SELECT id, task_id, session_id, created_at, idempotency_caller AS "caller!", idempotency_key AS "key!",
                       fingerprint AS "fingerprint!"
                FROM executions
-               WHERE project_id = $1 AND idempotency_key IS NOT NULL AND created_at > $2
+               WHERE project_id = $1 AND idempotency_key IS NOT NULL AND created_at > $2 AND NOT forgotten
                ORDER BY created_at DESC LIMIT $3"#,
             project,
             since,

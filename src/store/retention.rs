@@ -1,6 +1,6 @@
 //! Forgetting what is old, in two steps, each as small as the caller wants it.
 //!
-//! [`Store::expire`] takes executions out of their project: one short transaction, after which nobody sees them.
+//! [`Store::expire`] marks executions as forgotten: one short transaction, after which nobody sees them.
 //! [`Store::purge`] then removes them bit by bit. A log may have a million events: removed at once they would make a long
 //! transaction, and removed bit by bit in view of readers they would be a log that begins in its middle.
 
@@ -12,7 +12,7 @@ use uuid::Uuid;
 /// Executions that one [`Store::purge`] looks at.
 const PURGED_AT_ONCE: i64 = 50;
 
-/// What was taken out of a project, or removed.
+/// What was taken out of sight, or removed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Forgotten {
     pub executions: u64,
@@ -39,7 +39,7 @@ impl std::ops::AddAssign for Forgotten {
 }
 
 impl Store {
-    /// Takes out of the project what ended before `before`, the oldest first: at most `limit` executions that had a
+    /// Takes out of sight what of the project ended before `before`, the oldest first: at most `limit` executions that had a
     /// session of their own, and at most `limit` sessions of callers, each with all its executions and with what the
     /// backend was still to be told of it. One that goes on is left, and all executions of a session that goes on.
     /// `executions` and `events` of what is returned are 0: they are only out of sight.
@@ -50,11 +50,11 @@ impl Store {
         let limit = i64::from(limit);
         self.run(async |connection: &mut PgConnection| {
             let mut transaction = connection.begin().await?;
-            // No project has the empty name. Rows that another transaction holds have their turn later.
+            // Rows that another transaction holds have their turn later.
             sqlx::query!(
-                r#"UPDATE executions SET project_id = ''
+                r#"UPDATE executions SET forgotten = true
                    WHERE id = ANY (ARRAY(SELECT id FROM executions
-                                         WHERE project_id = $1 AND ordinal IS NULL
+                                         WHERE project_id = $1 AND ordinal IS NULL AND NOT forgotten
                                            AND created_at < $2 AND completed_at < $2
                                          ORDER BY created_at, id LIMIT $3 FOR UPDATE SKIP LOCKED))"#,
                 project,
@@ -80,7 +80,7 @@ impl Store {
             .fetch_all(&mut *transaction)
             .await?;
             sqlx::query!(
-                r#"UPDATE executions SET project_id = '', ordinal = NULL
+                r#"UPDATE executions SET forgotten = true, ordinal = NULL
                    WHERE project_id = $1 AND session_id = ANY($2) AND ordinal IS NOT NULL"#,
                 project,
                 &sessions
@@ -101,16 +101,18 @@ impl Store {
         .await
     }
 
-    /// Removes at most `limit` events of what was taken out of its project, from the end of each log, and the executions
+    /// Removes at most `limit` events of what the project has forgotten, from the end of each log, and the executions
     /// that have none left. Nothing is left to remove where it removes nothing.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
-    pub async fn purge(&self, limit: u32) -> Result<Forgotten, StoreError> {
+    pub async fn purge(&self, project: &str, limit: u32) -> Result<Forgotten, StoreError> {
         self.run(async |connection: &mut PgConnection| {
             let mut transaction = connection.begin().await?;
             let expired = sqlx::query!(
-                "SELECT id, last_seq FROM executions WHERE project_id = '' LIMIT $1 FOR UPDATE SKIP LOCKED",
+                r#"SELECT id, last_seq FROM executions WHERE project_id = $1 AND forgotten
+                   LIMIT $2 FOR UPDATE SKIP LOCKED"#,
+                project,
                 PURGED_AT_ONCE
             )
             .fetch_all(&mut *transaction)

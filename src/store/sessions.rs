@@ -49,7 +49,8 @@ pub(super) async fn put(connection: &mut PgConnection, record: &SessionRecord) -
     let ended = sqlx::query_scalar!(
         r#"UPDATE sessions s SET ended_at = $3 WHERE project_id = $1 AND id = $2 AND ended_at IS NULL
            RETURNING NOT EXISTS (SELECT FROM executions e
-                                 WHERE e.project_id = s.project_id AND e.session_id = s.id) AS "unused!""#,
+                                 WHERE e.project_id = s.project_id AND e.session_id = s.id
+                                   AND NOT e.forgotten) AS "unused!""#,
         &*text(&record.project_id),
         record.id.0,
         ended_at

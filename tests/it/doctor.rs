@@ -4,9 +4,11 @@
 
 use crate::cgroup::{groups_of, membership};
 use crate::escape::stage::{As, READ_ONLY_GROUPS, adjust};
+use crate::support::postgres::{bound_role, fresh_database, new_role};
 use crate::support::sidecar::{World, subcommand};
 use opencode_sidecar::sandbox::{Output, Resources};
 use opencode_sidecar::scripted::Script;
+use opencode_sidecar::store::{DatabaseOptions, Store};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -89,6 +91,35 @@ async fn it_says_what_a_session_has_and_changes_nothing() {
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.contains("\nlandlock_fs ") && text.contains("A session could start. It would have: "), "{text}");
     assert!(!text.contains('\u{1b}'), "colours, where there is no terminal");
+}
+
+#[tokio::test]
+async fn it_says_whose_rows_the_database_role_sees() {
+    let owner = fresh_database().await;
+    let ask = async |options: &DatabaseOptions, project: &str| {
+        let world = World::with(options.clone()).await;
+        let output = ask(&world, As::Here, &[("PROJECT_ID", project)], &["--json"]).await;
+        let report = report(&output);
+        let (state, detail) = finding(&report, "database_role");
+        (state.to_owned(), detail.to_owned())
+    };
+    let (state, detail) = ask(&owner, "anna").await;
+    assert!(state == "unknown" && detail.contains("not there yet"), "{state}: {detail}");
+    Store::connect(&owner).await.unwrap().migrate().await.unwrap();
+    let (state, detail) = ask(&owner, "anna").await;
+    assert!(state == "missing" && detail.contains("can read every project in the schema"), "{state}: {detail}");
+    let (role, unbound) = new_role(&owner).await;
+    let (state, detail) = ask(&unbound, "anna").await;
+    let advice = format!("bind_role('{role}', 'anna')");
+    assert!(state == "failed" && detail.contains(&advice), "{state}: {detail}");
+    let (_, bound) = bound_role(&owner, "anna").await;
+    let (state, detail) = ask(&bound, "anna").await;
+    assert!(
+        state == "ok" && detail.contains("is bound to project anna, and sees no other's rows"),
+        "{state}: {detail}"
+    );
+    let (state, detail) = ask(&bound, "berta").await;
+    assert!(state == "failed" && detail.contains("PROJECT_ID is berta"), "{state}: {detail}");
 }
 
 /// What is foreseen is what a claim then finds.

@@ -4,10 +4,11 @@
 
 mod keys;
 mod lease;
+mod projects;
 mod retention;
 mod sessions;
 
-use crate::support::postgres::fresh_database;
+use crate::support::postgres::{fresh_database, new_role};
 use chrono::{DateTime, TimeDelta, Utc};
 use opencode_sidecar::model::request::OnRestart;
 use opencode_sidecar::model::task::{Limits, ModelChoice, Provider};
@@ -462,30 +463,9 @@ async fn a_schema_that_differs_or_is_newer_is_refused() {
 }
 
 #[tokio::test]
-async fn a_user_who_may_not_make_schemas_can_use_one_that_is_there() {
-    let (store, mut options) = migrated().await;
-    let role = format!("r{}", Uuid::new_v4().simple());
-    execute(
-        &options,
-        &format!(
-            "CREATE ROLE {role} LOGIN PASSWORD 'x';
-             GRANT USAGE ON SCHEMA opencode_sidecar TO {role};
-             GRANT ALL ON ALL TABLES IN SCHEMA opencode_sidecar TO {role};
-             ALTER SCHEMA opencode_sidecar OWNER TO {role};"
-        ),
-    )
-    .await;
-    let mut url = url::Url::parse(options.url.expose_secret()).unwrap();
-    url.set_username(&role).unwrap();
-    url.set_password(Some("x")).unwrap();
-    options.url = url.to_string().into();
-    let limited = Store::connect(&options).await.unwrap();
-    limited.migrate().await.unwrap();
-    let record = pending();
-    limited.commit(&[submit(&record)]).await.unwrap();
-    assert_eq!(row(&store, &record).await, record);
-    let elsewhere = DatabaseOptions { schema: "missing".to_owned(), ..options };
-    let error = Store::connect(&elsewhere).await.unwrap().migrate().await.unwrap_err();
+async fn a_user_who_may_not_make_a_schema_is_told() {
+    let (_, options) = new_role(&fresh_database().await).await;
+    let error = Store::connect(&options).await.unwrap().migrate().await.unwrap_err();
     assert!(error.to_string().contains("may not make it"), "{error}");
 }
 

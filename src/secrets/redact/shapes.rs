@@ -181,6 +181,15 @@ static BEGINNINGS: LazyLock<Option<AhoCorasick>> = LazyLock::new(|| {
     AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(begins).ok()
 });
 
+/// Their kinds, each once.
+pub(super) fn kinds() -> impl Iterator<Item = &'static str> {
+    SHAPES
+        .iter()
+        .enumerate()
+        .filter(|(at, shape)| !SHAPES[..*at].iter().any(|s| s.kind == shape.kind))
+        .map(|(_, s)| s.kind)
+}
+
 /// How they begin.
 #[cfg(test)]
 pub(super) fn beginnings() -> impl Iterator<Item = &'static str> {

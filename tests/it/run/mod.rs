@@ -17,6 +17,7 @@ mod main_job;
 mod million;
 mod model_config;
 mod outage;
+mod projects;
 mod provider_tls;
 mod queue;
 mod recovery;

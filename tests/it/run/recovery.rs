@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
 use crate::support::proxy::Proxy;
-use crate::support::sidecar::{Sidecar, World, assert_log, runs, soon};
+use crate::support::sidecar::{API_KEY, Sidecar, World, assert_log, runs, soon};
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
 use opencode_sidecar::scripted::Script;
@@ -113,6 +113,34 @@ async fn what_waited_runs_after_a_sigkill() {
 #[tokio::test]
 async fn what_waited_runs_after_a_sigterm() {
     what_waited_runs(Signal::SIGTERM).await;
+}
+
+/// Also where a start is cut off between the new key and the end of the old one, again and again.
+#[tokio::test]
+async fn each_life_has_a_sealing_key_of_its_own_and_what_waits_moves_to_it() {
+    let world = World::new().await;
+    let key = |name: &str| fs::read(world.state.path().join(name)).ok();
+    let sidecar = world.start(&[ONE]).await;
+    let running = sidecar.submit(&gated(&world, "first")).await;
+    works(&sidecar, &running).await;
+    let next = sidecar.submit(&gated(&world, "second")).await;
+    let waiting = sidecar.submit(&Script::new().text("at last")).await;
+    let first = key("sealing.key").unwrap();
+    kill(sidecar).await;
+    let sidecar = world.start(&[ONE]).await;
+    let second = key("sealing.key").unwrap();
+    assert!(second != first && key("sealing.previous").is_none());
+    works(&sidecar, &next).await;
+    assert_eq!(sidecar.status(&waiting).await["status"], "pending");
+    kill(sidecar).await;
+    // As a start leaves it that gets no further than its new key.
+    fs::write(world.state.path().join("sealing.previous"), &second).unwrap();
+    fs::write(world.state.path().join("sealing.key"), [7; 32]).unwrap();
+    let sidecar = world.start(&[ONE]).await;
+    assert_eq!((key("sealing.key"), key("sealing.previous")), (Some(vec![7; 32]), None));
+    assert_eq!(sidecar.finished(&waiting).await["status"], "completed");
+    assert!(world.model.authorization_values().iter().all(|value| value == &format!("Bearer {API_KEY}")));
+    kill(sidecar).await;
 }
 
 #[tokio::test]

@@ -41,7 +41,7 @@ async fn count(options: &DatabaseOptions, table: &str) -> i64 {
 async fn purge(store: &Store) -> Forgotten {
     let mut all = Forgotten::default();
     loop {
-        let step = store.purge(1000).await.unwrap();
+        let step = store.purge(PROJECT, 1000).await.unwrap();
         if step.is_empty() {
             return all;
         }
@@ -78,7 +78,7 @@ async fn what_has_ended_long_ago_goes_and_nothing_else() {
     }
     assert_eq!((count(&options, "executions").await, count(&options, "execution_events").await), (5, 15));
     assert!(store.expire(PROJECT, cutoff(), 100).await.unwrap().is_empty());
-    assert!(store.purge(100).await.unwrap().is_empty());
+    assert!(store.purge(PROJECT, 100).await.unwrap().is_empty());
 }
 
 #[tokio::test]
@@ -99,7 +99,7 @@ async fn it_goes_in_small_steps_the_oldest_first_and_no_log_is_seen_in_part() {
     assert_eq!(count(&options, "execution_events").await, 50);
     let mut steps = Vec::new();
     loop {
-        let step = store.purge(8).await.unwrap();
+        let step = store.purge(PROJECT, 8).await.unwrap();
         if step.is_empty() {
             break;
         }

@@ -35,6 +35,28 @@ pub(crate) async fn new_database(server: &SecretString, clause: &str) -> Databas
     DatabaseOptions { url: SecretString::from(url), schema: "opencode_sidecar".to_owned(), max_connections: 4 }
 }
 
+/// A new role that may log in and no more, with the options by which it does.
+pub(crate) async fn new_role(options: &DatabaseOptions) -> (String, DatabaseOptions) {
+    let role = format!("role_{}", uuid::Uuid::new_v4().simple());
+    let mut connection = PgConnection::connect(options.url.expose_secret()).await.unwrap();
+    connection.execute(AssertSqlSafe(format!("CREATE ROLE {role} LOGIN PASSWORD 'x'"))).await.unwrap();
+    connection.close().await.unwrap();
+    let mut url = url::Url::parse(options.url.expose_secret()).unwrap();
+    url.set_username(&role).unwrap();
+    url.set_password(Some("x")).unwrap();
+    (role, DatabaseOptions { url: SecretString::from(url.to_string()), ..options.clone() })
+}
+
+/// One that is bound to a project, in a schema that is there.
+pub(crate) async fn bound_role(options: &DatabaseOptions, project: &str) -> (String, DatabaseOptions) {
+    let (role, its) = new_role(options).await;
+    let mut connection = PgConnection::connect(options.url.expose_secret()).await.unwrap();
+    let bind = format!("SELECT {}.bind_role('{role}', '{project}')", options.schema);
+    connection.execute(AssertSqlSafe(bind)).await.unwrap();
+    connection.close().await.unwrap();
+    (role, its)
+}
+
 /// A URL by which every user reaches the database of `options`: the server's socket is for its own and root only.
 pub(crate) async fn for_everybody(options: &DatabaseOptions, tasks: &Tasks) -> String {
     let mut url = url::Url::parse(options.url.expose_secret()).unwrap();
