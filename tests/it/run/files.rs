@@ -306,6 +306,7 @@ async fn an_answer_ends_whatever_becomes_of_its_file() {
     sidecar.stop().await;
 }
 
+#[cfg_attr(not(as_root), ignore = "needs root: it starts the sidecar as another user")]
 #[tokio::test]
 async fn what_may_not_be_read_is_said() {
     let world = World::new().await;
