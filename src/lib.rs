@@ -76,6 +76,7 @@
 //! | where an event becomes durable | `events::commit`, and on its way to the database `events::ship` |
 //! | how shell output gets here | [`sandbox::tap`], then [`sandbox::frames`] and `sessions::shell` |
 //! | how a person's shell runs in a session | `sessions::terminal`, and `api::terminal` for what it says to whom |
+//! | where a model may be called | [`model::destination`], then [`broker::destination`] and `broker::outward` |
 //! | how processes are ended, and how that is known | `sandbox::process`, [`sandbox::jail`] |
 //! | whom a session runs as, and how its files are shared | `sessions::identity`, `sessions::private`, [`sandbox::errand`] |
 //! | what a session may not do | `sessions::confinement`, then [`sandbox::confine`] |

@@ -74,6 +74,8 @@ pub(super) struct Observer {
     error: Option<Value>,
     pub(super) input_tokens: u64,
     pub(super) output_tokens: u64,
+    /// In US dollars, where the provider says it beside the tokens.
+    pub(super) cost: f64,
 }
 
 impl Observer {
@@ -97,6 +99,7 @@ impl Observer {
             error: None,
             input_tokens: 0,
             output_tokens: 0,
+            cost: 0.0,
         }
     }
 
@@ -286,6 +289,8 @@ impl Observer {
             }
         }
         self.used(&value["usage"]["prompt_tokens"], &value["usage"]["completion_tokens"]);
+        let cost = value["usage"]["cost"].as_f64().filter(|cost| cost.is_finite());
+        self.cost = self.cost.max(cost.unwrap_or(0.0));
     }
 
     fn understand_messages(&mut self, kind: &str, value: &Value) {

@@ -70,6 +70,8 @@ pub struct Facts {
     /// As the provider counts them; 0 for a provider that does not say.
     pub input_tokens: u64,
     pub output_tokens: u64,
+    /// In US dollars, as the provider says it in its answers; 0 for one that does not say.
+    pub cost: f64,
     /// The last call's error; a good call clears it.
     pub last_error: Option<ModelError>,
     /// Calls under way, those of an earlier execution included.
@@ -87,6 +89,7 @@ impl Facts {
             failures_in_a_row: 0,
             input_tokens: 0,
             output_tokens: 0,
+            cost: 0.0,
             last_error: None,
             in_flight,
             last_activity: Instant::now(),
@@ -375,8 +378,10 @@ impl Call {
         if let Outcome::Failed(error) = &outcome {
             self.failure = Some(error.clone());
         }
-        let (input_tokens, output_tokens) =
-            self.observer.as_ref().map_or((0, 0), |observer| (observer.input_tokens, observer.output_tokens));
+        let (input_tokens, output_tokens, cost) = self
+            .observer
+            .as_ref()
+            .map_or((0, 0, 0.0), |observer| (observer.input_tokens, observer.output_tokens, observer.cost));
         let control = self.session.control();
         let current = control.epoch == self.epoch;
         self.session.facts.send_modify(|facts| {
@@ -387,6 +392,7 @@ impl Call {
             }
             facts.input_tokens = facts.input_tokens.saturating_add(input_tokens);
             facts.output_tokens = facts.output_tokens.saturating_add(output_tokens);
+            facts.cost += cost;
             match &outcome {
                 Outcome::Finished(_) => {
                     facts.failures_in_a_row = 0;

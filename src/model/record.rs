@@ -14,7 +14,8 @@ pub struct Usage {
     pub output_tokens: u64,
     /// Calls that reached the broker, failed ones and retries included.
     pub model_calls: u64,
-    /// As OpenCode computes it, in US dollars; 0 for models without a known price.
+    /// In US dollars: as the provider says it in its answers (`usage.cost`), else as OpenCode computes it; 0 where neither
+    /// knows a price.
     pub cost: f64,
     /// User and system time of every process of the session that has ended, in seconds.
     pub cpu_seconds: Option<f64>,

@@ -23,11 +23,14 @@ pub struct ToolUse {
 }
 
 /// Tokens that an answer claims to have used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Tokens {
     pub prompt: u64,
     pub completion: u64,
+    /// In US dollars, where the provider is one that says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cost: Option<f64>,
 }
 
 /// What the body of a 200 is instead of an answer.

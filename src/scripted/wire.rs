@@ -118,7 +118,7 @@ fn stop_reason(finish: &str) -> &str {
 }
 
 fn tokens(step: &Step) -> Tokens {
-    step.usage.unwrap_or(Tokens { prompt: 100, completion: 20 })
+    step.usage.unwrap_or(Tokens { prompt: 100, completion: 20, cost: None })
 }
 
 impl Wire {
@@ -145,17 +145,21 @@ impl Wire {
             return self.broken(step, events, head);
         }
         if let Some(finish) = finish(step) {
-            let Tokens { prompt, completion } = tokens(step);
+            let Tokens { prompt, completion, cost } = tokens(step);
             match self {
                 Self::OpenAi => {
                     events.push(openai(conversation, &json!({}), Some(&finish)));
-                    events.push(data(&json!({
+                    let mut last = json!({
                         "id": "chatcmpl-scripted", "object": "chat.completion.chunk", "created": 1,
                         "model": conversation.model, "choices": [], "usage": {
                             "prompt_tokens": prompt, "completion_tokens": completion,
                             "total_tokens": prompt + completion,
                         },
-                    })));
+                    });
+                    if let Some(cost) = cost {
+                        last["usage"]["cost"] = json!(cost);
+                    }
+                    events.push(data(&last));
                     events.push("data: [DONE]\n\n".to_owned());
                 }
                 Self::Anthropic => {
@@ -193,7 +197,7 @@ impl Wire {
     /// The whole answer of a request that did not ask for a stream.
     pub(super) fn whole(self, step: &Step, conversation: &Conversation) -> Value {
         let text = whole_text(step, conversation);
-        let Tokens { prompt, completion } = tokens(step);
+        let Tokens { prompt, completion, .. } = tokens(step);
         let finish = finish(step);
         match self {
             Self::OpenAi => {

@@ -626,7 +626,12 @@ impl<'a> State<'a> {
     fn usage(&self) -> Usage {
         let (input_tokens, output_tokens, cost) = self.translator.spent();
         let facts = self.session.lease.facts();
-        let model_calls = facts.borrow().calls;
+        let (model_calls, told) = {
+            let facts = facts.borrow();
+            (facts.calls, facts.cost)
+        };
+        // What the provider says it costs is better than what OpenCode computes, which knows few prices.
+        let cost = if told > 0.0 { told } else { cost };
         let measured = self.session.usage();
         Usage {
             input_tokens,

@@ -107,7 +107,7 @@ async fn an_answer_passes_byte_for_byte_and_only_the_key_reaches_the_provider() 
     let world = World::new().await;
     let body = call(
         json!({"text": "Grüße, two words", "reasoning": "so", "tools": [{"name": "bash", "args": {"command": "ls"}}],
-        "usage": {"prompt": 11, "completion": 5}}),
+        "usage": {"prompt": 11, "completion": 5, "cost": 0.25}}),
     );
     let direct =
         world.http.post(format!("{}/chat/completions", world.model.base_url())).json(&body).send().await.unwrap();
@@ -136,6 +136,7 @@ async fn an_answer_passes_byte_for_byte_and_only_the_key_reaches_the_provider() 
 
     let facts = world.settled().await;
     assert_eq!((facts.calls, facts.input_tokens, facts.output_tokens), (1, 11, 5));
+    assert!((facts.cost - 0.25).abs() < 1e-9, "{facts:?}");
     assert_eq!((facts.last_error, facts.exhausted, facts.failures_in_a_row), (None, None, 0));
     let shown = format!("{:?} {:?}", world.lease, world.broker);
     assert!(!shown.contains(KEY) && !shown.contains(world.lease.token().expose_secret()), "{shown}");

@@ -9,7 +9,8 @@ async fn a_task_of_its_own_fails_with_its_model_or_waits_for_it() {
     let world = World::new().await;
     let sidecar = world.start(&[]).await;
     let refused = sidecar.submit(&Script::new().json(json!({ "status": 401 })).unwrap()).await;
-    let passing = json!({ "status": 503, "headers": { "retry-after": "1" }, "times": 1, "text": "After all." });
+    let passing = json!({ "status": 503, "headers": { "retry-after": "1" }, "times": 1, "text": "After all.",
+        "usage": { "prompt": 1, "completion": 1, "cost": 0.25 } });
     let passing = sidecar.submit(&Script::new().json(passing).unwrap()).await;
     let events = sidecar.follow(&refused).await;
     let complete = &events.last().unwrap()["data"];
@@ -21,7 +22,7 @@ async fn a_task_of_its_own_fails_with_its_model_or_waits_for_it() {
     let events = sidecar.follow(&passing).await;
     let complete = &events.last().unwrap()["data"];
     assert_eq!((&complete["status"], &complete["final_message"]), (&json!("completed"), &json!("After all.")));
-    assert_eq!(complete["usage"]["model_calls"], 2);
+    assert_eq!((&complete["usage"]["model_calls"], &complete["usage"]["cost"]), (&json!(2), &json!(0.25)));
     let retry = events.iter().find(|e| e["data"]["code"] == "model_retry").unwrap();
     // What is left of the wait when it is said: on a busy machine that may be little.
     assert!(retry["data"]["wait_ms"].as_u64().unwrap() <= 1_000, "{retry}");

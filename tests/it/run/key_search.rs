@@ -4,7 +4,7 @@
 //! The program is this test binary. What it looks for is a word that this run has made up: each secret of the sidecar
 //! begins with it, each decoy too, and the program is told no more.
 
-#![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test's own helpers fail like the test")]
 
 use crate::escape::stage::patient;
 use crate::support::sidecar::{World, text_of};
@@ -206,7 +206,6 @@ async fn an_agent_that_searches_everything_it_can_read_finds_no_key() {
         ("OPENCODE_SHARED_SECRET", shared.as_str()),
         ("JWT_SECRET", tokens.as_str()),
         ("ENCRYPTION_KEY", sealing.as_str()),
-        ("WARM_POOL_SIZE", "1"),
     ];
     let sidecar = world.start(&changes).await;
     std::fs::copy(std::env::current_exe().unwrap(), world.file("program")).unwrap();
@@ -223,10 +222,17 @@ async fn an_agent_that_searches_everything_it_can_read_finds_no_key() {
     let said = text_of(&events, "stdout");
     assert!(said.contains("core: 0\n") && said.ends_with("the end\n"), "{said}");
     let found: BTreeSet<_> = said.lines().filter_map(|line| line.strip_prefix("found: ")?.split_once(": ")).collect();
-    // A shell leaves half a decoy in its memory, too.
-    let is_decoy = |word: &str| word.starts_with("-decoy") || "-decoy".starts_with(word);
-    let others: Vec<_> = found.iter().filter(|(_, word)| !is_decoy(word)).collect();
-    assert!(others.is_empty(), "{others:?}");
+    // By its first letters: what is freed in a memory is soon half of something else, which gives other words too.
+    let secrets = ["-def", "-own", "-sha", "-tok", "AAAA"];
+    assert!(
+        [&default_key, &own_key, &shared, &tokens, &sealing]
+            .iter()
+            .zip(secrets)
+            .all(|(secret, begins)| { secret.strip_prefix(&word).is_some_and(|rest| rest.starts_with(begins)) })
+    );
+    let leaked: Vec<_> =
+        found.iter().filter(|(_, rest)| secrets.iter().any(|begins| rest.starts_with(begins))).collect();
+    assert!(leaked.is_empty(), "{leaked:?}");
     for hidden in [
         ("file", "-decoy-file"),
         ("environment", "-decoy-environ"),
@@ -238,6 +244,14 @@ async fn an_agent_that_searches_everything_it_can_read_finds_no_key() {
     ] {
         assert!(found.contains(&hidden), "{hidden:?}: {said}");
     }
+    let looked_at = said.lines().find_map(|line| line.strip_prefix("searched: ")).unwrap();
+    let looked_at: Vec<usize> = looked_at.split(' ').filter_map(|word| word.parse().ok()).collect();
+    let [files, environments, memories, bytes] = looked_at[..] else { panic!("{said}") };
+    // OpenCode, the shells, the decoys.
+    assert!(files > 10 && environments >= 4 && memories >= 4 && bytes > 50 << 20, "{said}");
+    // Confined, a command is not let to OpenCode's own port; `secrets` asks there without a sandbox.
+    let asked: Vec<_> = said.lines().filter(|line| line.starts_with("asked: ")).collect();
+    assert!(asked.len() == 4 && asked.iter().all(|line| line.contains("PermissionDenied")), "{asked:?}");
     // And yet it is what the provider got.
     assert!(world.model.calls() > 0);
     let expected = format!("Bearer {own_key}");
