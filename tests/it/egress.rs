@@ -104,7 +104,7 @@ fn basic(token: &str) -> String {
 }
 
 async fn soon<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(SOON, future).await.expect("within half a minute")
+    tokio::time::timeout(SOON, future).await.unwrap()
 }
 
 async fn head(stream: &mut TcpStream) -> String {

@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
-use crate::support::sidecar::{Sidecar, World, text_of};
+use crate::support::sidecar::{As, Sidecar, World, text_of};
 use crate::support::site::{self, Site};
 use opencode_sidecar::sandbox::Spec;
 use opencode_sidecar::scripted::Script;
@@ -131,7 +131,7 @@ async fn what_is_named_is_reached_and_the_log_says_what_was_refused() {
         ]
     );
     // OpenCode's own tools go the same way.
-    let fetched = events.iter().filter(|event| event["type"] == "tool_result").last().unwrap();
+    let fetched = events.iter().rfind(|event| event["type"] == "tool_result").unwrap();
     assert!(fetched["data"]["result"].to_string().contains("hello from outside"), "{fetched}");
     assert_eq!(outside.site.connections(), 2, "nobody came directly");
     let metrics = sidecar.http.get(format!("{}/metrics", sidecar.base)).send().await.unwrap().text().await.unwrap();
@@ -150,6 +150,29 @@ async fn what_is_named_is_reached_and_the_log_says_what_was_refused() {
     assert!(told.contains(&format!("{address} not_allowed 1")), "{told:?}");
     assert!(told.contains(&"not.named.example:443 not_allowed 1".to_owned()), "{told:?}");
     assert_eq!(outside.site.connections(), 2);
+    sidecar.stop().await;
+}
+
+/// Without a network namespace and without a user of its own, as in a pod of the profile `restricted`.
+#[tokio::test]
+#[cfg_attr(not(as_root), ignore = "acts as another user, which takes root")]
+async fn it_is_the_same_for_an_ordinary_user() {
+    let world = World::new().await;
+    let outside = Outside::new().await;
+    outside.file("hello", "hello from outside\n");
+    let address = &outside.site.address;
+    let sidecar = world.start_as(As::Nobody, &[REQUIRED, ("EGRESS_ALLOW", address)]).await;
+    let probe = format!(
+        "curl -sSk https://{address}/hello\n\
+         curl -sSk https://not.named.example/ || echo \"refused $?\"\n\
+         curl -sSk --noproxy '*' https://{address}/hello || echo \"directly $?\"\n"
+    );
+    let script = Script::new().write(&world.path("probe.sh"), &probe).tool("bash", patient("sh probe.sh")).text("done");
+    let events = sidecar.follow(&sidecar.submit(&script).await).await;
+    let said = text_of(&events, "stdout");
+    assert_eq!(said, "hello from outside\nrefused 56\ndirectly 7\n", "{}", text_of(&events, "stderr"));
+    assert_eq!(refusals(&events), ["not.named.example:443 not_allowed 1"]);
+    assert_eq!(outside.site.connections(), 1);
     sidecar.stop().await;
 }
 
