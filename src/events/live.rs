@@ -234,7 +234,7 @@ impl Writer {
         Self { shared, live }
     }
 
-    /// This is the session's key: it is to be in nothing that goes into the log from now on.
+    /// This is one of the session's own secrets: it is to be in nothing that goes into the log from now on.
     pub fn hide(&self, key: &SecretString) {
         self.live.lock_entrance().cleaner.hide(key);
     }

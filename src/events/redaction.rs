@@ -36,7 +36,7 @@ impl Cleaner {
         self.redactor.look_for_shapes(shapes);
     }
 
-    /// The key of the session is not to be in the log.
+    /// One of the session's own secrets is not to be in the log.
     pub(super) fn hide(&mut self, key: &SecretString) {
         self.redactor.hide(key);
     }

@@ -28,7 +28,7 @@ const OWN: &str = "the session's key";
 /// What is looked for.
 #[derive(Clone, Debug, Default)]
 pub struct Redactor {
-    own: Option<SecretString>,
+    own: Vec<SecretString>,
     shapes: bool,
 }
 
@@ -43,7 +43,7 @@ pub struct Cleaned {
 impl Redactor {
     /// Looks for the usual shapes, where `shapes` says so, and for nobody's own key yet.
     pub fn new(shapes: bool) -> Self {
-        Self { own: None, shapes }
+        Self { own: Vec::new(), shapes }
     }
 
     /// What there is to be found, each once.
@@ -58,8 +58,10 @@ impl Redactor {
 
     /// Looks for this very text too, from now on.
     pub fn hide(&mut self, own: &SecretString) {
-        let length = own.expose_secret().len();
-        self.own = (MIN_OWN..=MAX_HELD).contains(&length).then(|| own.clone());
+        let is_known = self.own.iter().any(|known| known.expose_secret() == own.expose_secret());
+        if (MIN_OWN..=MAX_HELD).contains(&own.expose_secret().len()) && !is_known {
+            self.own.push(own.clone());
+        }
     }
 
     /// A text that is whole; `None` where there is no secret in it.
@@ -104,16 +106,9 @@ impl Redactor {
 
     /// The first secret at or after `from`, by where it begins.
     fn find(&self, text: &str, from: usize, whole: bool) -> Found {
-        let own = match &self.own {
-            Some(own) => find_own(own.expose_secret(), text, from, whole),
-            None => Found::Nothing,
-        };
+        let own = self.own.iter().map(|own| find_own(own.expose_secret(), text, from, whole));
         let shape = if self.shapes { shapes::find(text, from, whole) } else { Found::Nothing };
-        match (own.at(), shape.at()) {
-            (Some(a), Some(b)) if b < a => shape,
-            (Some(_), _) => own,
-            (None, _) => shape,
-        }
+        own.chain([shape]).filter(|found| found.at().is_some()).min_by_key(Found::at).unwrap_or(Found::Nothing)
     }
 }
 

@@ -92,6 +92,9 @@ impl std::fmt::Debug for Run<'_> {
 impl Run<'_> {
     /// Runs the task in the session, to its end. The process is left as it is.
     pub async fn run(&self, session: &mut Session) -> Ending {
+        // Worth nothing elsewhere; but tools print their proxy, and nobody has to see it.
+        self.writer.hide(session.lease.token());
+        self.writer.hide(session.lease.proxy_token());
         let patience = session.shared.settings.unresponsive_timeout;
         let prepared = tokio::select! {
             prepared = tokio::time::timeout(patience, self.prepare(session)) => prepared.unwrap_or_else(|_| {

@@ -109,6 +109,11 @@ impl Lease {
         SecretString::from(format!("http://{USER}:{token}@{}", self.address()))
     }
 
+    /// The credential in that.
+    pub fn proxy_token(&self) -> &SecretString {
+        &self.session().way.token
+    }
+
     /// Waits until attempts of the present execution were refused that are to be told, and gives them: each host and port
     /// at its first attempt, and then at every tenfold of those that were told.
     pub async fn refused(&self) -> Vec<Refusal> {

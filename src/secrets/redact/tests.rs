@@ -143,6 +143,8 @@ fn the_own_key_is_found_wherever_it_is_and_without_shapes_too() {
     redactor.hide(&SecretString::from(OWN));
     assert_eq!(redactor.clean(&format!("x{OWN}y{OWN}")).unwrap().found.len(), 2);
     assert_eq!(redactor.clean(&samples()[0].1), None);
+    redactor.hide(&SecretString::from("another-of-its-keys"));
+    assert_eq!(redactor.clean(&format!("another-of-its-keys, {OWN}")).unwrap().found.len(), 2);
     // One so short would be everywhere.
     redactor.hide(&SecretString::from("k"));
     assert_eq!(redactor.clean("keks"), None);

@@ -97,8 +97,11 @@ fn files_beneath(directory: &Path) -> Vec<Vec<u8>> {
 async fn the_shapes_can_be_left_in_and_the_own_key_cannot() {
     let world = World::new().await;
     let sidecar = world.start(&[("REDACTION", "off")]).await;
-    let id = sidecar.submit(&Script::new().bash(&format!("echo {TOKEN} {API_KEY}")).text("Done.")).await;
+    let command = format!("echo {TOKEN} {API_KEY}; echo $HTTPS_PROXY");
+    let id = sidecar.submit(&Script::new().bash(&command).text("Done.")).await;
     let events = sidecar.follow(&id).await;
-    assert_eq!(text_of(&events, "stdout"), format!("{TOKEN} [redacted: the session's key]\n"));
+    let output = text_of(&events, "stdout");
+    let proxy = output.strip_prefix(&format!("{TOKEN} [redacted: the session's key]\n")).unwrap();
+    assert!(proxy.starts_with("http://session:[redacted: the session's key]@127.0.0.1:"), "{proxy}");
     sidecar.stop().await;
 }

@@ -8,7 +8,7 @@
 
 use crate::support::follower::{Address, Ended, Follower, raw_log};
 use crate::support::proxy::Proxy;
-use crate::support::sidecar::{World, runs, soon};
+use crate::support::sidecar::{Sidecar, World, runs, soon};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use opencode_sidecar::model::ExecutionId;
@@ -217,6 +217,26 @@ impl Soak {
         sidecar.exited().await;
     }
 
+    /// Waits until all has come to its end, for as long as that goes on.
+    async fn drained(&self, sidecar: &Sidecar) {
+        let mut left = usize::MAX;
+        while left > 0 {
+            left = soon("one more end", async {
+                loop {
+                    let mut now = 0;
+                    for status in ["pending", "running"] {
+                        let page = sidecar.get(&format!("/tasks?status={status}&limit=200")).await;
+                        now += page["executions"].as_array().unwrap().len();
+                    }
+                    if now < left {
+                        return now;
+                    }
+                }
+            })
+            .await;
+        }
+    }
+
     /// A last life, in which everything comes to its end, and all that was said is looked at.
     async fn holds(mut self, setting: &[(&str, &str)], proxy: &Proxy) -> (usize, usize) {
         proxy.mend();
@@ -232,6 +252,7 @@ impl Soak {
             })
             .await;
         }
+        self.drained(&sidecar).await;
         let mut events = 0;
         let mut logs = BTreeMap::new();
         for known in self.known.values() {
