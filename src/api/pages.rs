@@ -51,6 +51,7 @@ const SOURCES: &[Source] = sources![
     "troubleshooting" "Troubleshooting",
     "integration" "Integration",
     "operations" "Operations",
+    "threat-model" "Threat model",
 ];
 
 /// The names of all pages, as in their paths.

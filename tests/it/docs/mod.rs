@@ -369,6 +369,27 @@ fn examples_are_json_of_the_right_shape() {
     assert!(count > 10, "only {count} were found");
 }
 
+/// Whether there is a test of this name, such as `run::walk::every_route`, or a module of tests.
+fn is_a_test(name: &str) -> bool {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it");
+    let (module, function) = name.rsplit_once("::").unwrap();
+    let holds = |module: &str, text: &str| {
+        let path = tests.join(module.replace("::", "/"));
+        let sources = [path.with_extension("rs"), path.join("mod.rs")];
+        sources.iter().any(|source| std::fs::read_to_string(source).is_ok_and(|source| source.contains(text)))
+    };
+    holds(module, &format!("fn {function}()")) || holds(module, &format!("mod {function};"))
+}
+
+#[test]
+fn the_tests_that_the_threat_model_names_exist() {
+    let page = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/threat-model.md")).unwrap();
+    let names: BTreeSet<_> = page.split('`').skip(1).step_by(2).filter(|name| name.contains("::")).collect();
+    assert!(names.len() > 40, "{names:?}");
+    let missing: Vec<_> = names.into_iter().filter(|name| !is_a_test(name)).collect();
+    assert!(missing.is_empty(), "there is no test {missing:?}");
+}
+
 #[test]
 fn links_between_the_files_lead_somewhere() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
