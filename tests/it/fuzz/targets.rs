@@ -13,6 +13,7 @@ use opencode_sidecar::opencode::wire::RawEvent;
 use opencode_sidecar::sandbox::frames::{Decoder, Frame};
 use opencode_sidecar::secrets::{Keyring, Redactor, Scanner, SealingKey};
 use opencode_sidecar::sse::Parser;
+use opencode_sidecar::workspace::files::FilePath;
 use opencode_sidecar::workspace::{Workspace, is_plain_relative};
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
@@ -178,6 +179,7 @@ impl std::io::Write for Stream {
 
 /// A path from outside never leads outside, and makes nothing there.
 pub(crate) fn paths(data: &[u8]) {
+    files(data);
     let Ok(path) = std::str::from_utf8(data) else { return };
     if is_plain_relative(Path::new(path)) {
         assert!(!path.starts_with('/') && path.split('/').all(|name| name != ".."), "{path:?}");
@@ -194,6 +196,26 @@ pub(crate) fn paths(data: &[u8]) {
     }
     let beside = std::fs::read_dir(outside.path()).expect("it can be read").count();
     assert_eq!(beside, 1, "{path:?} has made something outside");
+}
+
+/// What is read for others is what is there, and never what is outside.
+fn files(data: &[u8]) {
+    const OUTSIDE: &[u8] = b"what nobody here may read";
+    let Ok(path) = FilePath::parse(data) else { return };
+    assert!(!path.as_bytes().starts_with(b"/") && path.as_bytes().split(|b| *b == b'/').all(|name| name != b".."));
+    let outside = tempfile::tempdir().expect("a directory can be made");
+    std::fs::write(outside.path().join("x"), OUTSIDE).expect("it can be written");
+    let root = outside.path().join("workspace");
+    let workspace = Workspace::open(&root).expect("it can be made");
+    std::fs::create_dir(root.join("a")).expect("it can be made");
+    std::fs::write(root.join("a/b"), b"inside").expect("it can be written");
+    for (link, to) in [("up", ".."), ("out", "../x"), ("in", "a"), ("a/up", "../.."), ("loop", "loop")] {
+        std::os::unix::fs::symlink(to, root.join(link)).expect("a link can be made");
+    }
+    let tree = workspace.tree(None).expect("it is there");
+    if let Ok(file) = tree.open(&path) {
+        assert_eq!(file.read_at(0, 100).expect("it can be read"), b"inside");
+    }
 }
 
 /// An event's envelope as the database has it, or a peer sends it.
