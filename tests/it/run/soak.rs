@@ -24,7 +24,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-/// How long a life lasts at most.
+/// How long a life lasts at most; a third of it in the mean.
 const LIFE: Duration = Duration::from_millis(4500);
 
 /// A submission, as its caller knows it.
@@ -203,7 +203,8 @@ impl Soak {
         let address = Address::of(&sidecar);
         self.at.send_replace(Some(address.clone()));
         let pid = Pid::from_raw(sidecar.pid().cast_signed());
-        let end = Instant::now() + LIFE.mul_f64(self.random.random_range(0.0..1.0));
+        // Most lives are short.
+        let end = Instant::now() + LIFE.mul_f64(self.random.random_range(0.0_f64..1.0).powi(2));
         while Instant::now() < end {
             let pause = Duration::from_millis(self.random.random_range(1..400));
             if tokio::time::timeout_at(end, self.act(&address)).await.is_err() {
