@@ -99,17 +99,11 @@ async fn stream(
     let crate::api::ApiQuery(query) = crate::api::ApiQuery::<StreamQuery>::from_request_parts(&mut parts, &()).await?;
     let id = parse_id(&id)?;
     let (Some(upgrade), None) = (upgrade, &caller) else {
-        let last_event_id =
-            parts.headers.get("last-event-id").map(|value| {
-                value.to_str().ok().and_then(|value| Seq::parse(value.trim())).ok_or_else(|| {
-                    Problem::invalid_field("Last-Event-ID", "must be the id of an event: a whole number")
-                })
-            });
-        let after = match (query.after, last_event_id) {
-            (Some(after), _) => after.0,
-            (None, Some(after)) => after?.0,
-            (None, None) => 0,
-        };
+        let last_event_id = parts.headers.get("last-event-id").map(|value| {
+            let seq = value.to_str().ok().and_then(|value| Seq::parse(value.trim()));
+            seq.ok_or_else(|| Problem::invalid_field("Last-Event-ID", "must be the id of an event: a whole number"))
+        });
+        let after = query.after.or(last_event_id.transpose()?).map_or(0, |after| after.0);
         let view = find(&api.tasks, id).await?;
         let mut cursor = Cursor::new(api.tasks.executions.clone(), id, after);
         let reset = cursor.reset_if_beyond(view.last_seq);
