@@ -259,7 +259,9 @@ async fn shell_and_agent_work_on_the_same_files_at_once() {
     until("the agent has written", || world.file("theirs").exists()).await;
     // While it runs.
     let mut shell = Shell::open(&sidecar, &id).await;
-    assert_eq!(shell.source(&world, "cat theirs; echo from-shell > ours").await, "from-agent");
+    // It is there as a whole or not at all: the agent looks for it all the time.
+    let ours = "cat theirs; echo from-shell > ours.new; mv ours.new ours";
+    assert_eq!(shell.source(&world, ours).await, "from-agent");
     let frames = stream.until("its end", |frame| frame.event == "done").await;
     assert_eq!(super::output(&frames), "from-shell\nDone.");
     // And goes on when it has ended: the process is the same.
