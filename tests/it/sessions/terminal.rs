@@ -256,7 +256,8 @@ async fn shell_and_agent_work_on_the_same_files_at_once() {
     let id = client.create(&script).await;
     let mut stream = client.stream(&id, None).await;
     stream.until("its call", |frame| frame.event == "tool_call").await;
-    until("the agent has written", || world.file("theirs").exists()).await;
+    let has_written = || std::fs::read(world.file("theirs")).is_ok_and(|text| text.ends_with(b"\n"));
+    until("the agent has written", has_written).await;
     // While it runs.
     let mut shell = Shell::open(&sidecar, &id).await;
     // It is there as a whole or not at all: the agent looks for it all the time.
