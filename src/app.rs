@@ -194,8 +194,11 @@ pub struct StateDir {
     _lock: File,
 }
 
+/// How long the lock of the state directory may be another's.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
 impl StateDir {
-    /// Makes and locks it.
+    /// Makes and locks it. Blocks, 2 s at most, where another process has it.
     ///
     /// # Errors
     /// Where it cannot be used, or another process has it.
@@ -213,10 +216,17 @@ impl StateDir {
             File::options().create(true).read(true).write(true).truncate(false).mode(0o600).open(path.join(name))
         };
         let lock = open("lock").map_err(failed)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(std::fs::TryLockError::WouldBlock) => return Err(StartError::Locked(path.to_path_buf())),
-            Err(std::fs::TryLockError::Error(source)) => return Err(failed(source)),
+        let begun = Instant::now();
+        loop {
+            match lock.try_lock() {
+                Ok(()) => break,
+                // Of a sidecar that was killed, a child between its fork and its exec may hold it for a moment longer.
+                Err(std::fs::TryLockError::WouldBlock) if begun.elapsed() < LOCK_PATIENCE => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Err(std::fs::TryLockError::WouldBlock) => return Err(StartError::Locked(path.to_path_buf())),
+                Err(std::fs::TryLockError::Error(source)) => return Err(failed(source)),
+            }
         }
         let file = path.join("instance");
         let instance = match std::fs::read_to_string(&file) {
