@@ -11,7 +11,7 @@ use crate::api::tasks::{TasksApi, find, limit_of, parse_id, unavailable};
 use crate::events::ReadQuery;
 use crate::executions::{Entry, FileError, FilePath, Files, FilesError, Kind, MAX_READERS, OpenFile};
 use crate::model::event::EventType;
-use crate::model::{ExecutionId, ExecutionRecord, Status, rfc3339};
+use crate::model::{ExecutionId, ExecutionRecord, Status, rfc3339, turns_text};
 use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::extract::{Path, RawQuery, State};
@@ -171,10 +171,8 @@ impl EntryDocument {
 
 /// A name for people, who must not be deceived by it.
 fn shown(name: &[u8]) -> String {
-    let deceives = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    };
+    // The second are the ends of a line and of a paragraph.
+    let deceives = |c: char| c.is_control() || matches!(c, '\u{2028}' | '\u{2029}') || turns_text(c);
     String::from_utf8_lossy(name).chars().map(|c| if deceives(c) { char::REPLACEMENT_CHARACTER } else { c }).collect()
 }
 

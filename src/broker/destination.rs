@@ -3,7 +3,7 @@
 //! Which hosts may be reached at all, [`Destinations`] says, from the name alone. A name says nothing of where it
 //! leads, and may lead elsewhere with each question: so only the addresses that were looked at are handed on.
 
-pub use crate::model::destination::{BadEntry, Destinations, Ports, Reach, Target, is_public};
+pub use crate::model::destination::{Destinations, Ports, Reach, Target};
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;

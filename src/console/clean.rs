@@ -5,6 +5,7 @@
 //! or has the terminal answer, does not. Characters that turn the direction of text or cannot be seen are spelled out,
 //! so that no name looks like another one.
 
+use crate::model::turns_text;
 use anstyle_parse::{Params, Parser, Perform};
 
 /// How long an escape sequence may be, in bytes. What is longer, or goes on in the next line, was none.
@@ -152,9 +153,8 @@ impl Perform for Reader {
 
 /// Characters that turn the direction of text, break lines behind a terminal's back, or are not seen at all.
 fn is_hidden(c: char) -> bool {
-    matches!(c,
-        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
-        | '\u{2028}' | '\u{2029}' | '\u{200b}' | '\u{2060}' | '\u{feff}' | '\u{e0000}'..='\u{e007f}')
+    turns_text(c)
+        || matches!(c, '\u{2028}' | '\u{2029}' | '\u{200b}' | '\u{2060}' | '\u{feff}' | '\u{e0000}'..='\u{e007f}')
 }
 
 /// A whole text as one line without colours: line breaks become `⏎`.

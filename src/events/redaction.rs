@@ -66,9 +66,10 @@ impl Cleaner {
         match text_of(&event) {
             Some(piece) => {
                 let stream = of(&mut self.streams, id, &event);
-                let Cleaned { text, found } = stream.scanner.push(&self.redactor, &piece);
+                let Cleaned { text, found } = stream.scanner.push(&self.redactor, piece);
                 self.found.extend(found);
-                if !text.is_empty() || piece.is_empty() {
+                let is_empty = piece.is_empty();
+                if !text.is_empty() || is_empty {
                     out.push(with_text(event, text));
                 }
             }
@@ -151,13 +152,13 @@ fn of<'a>(streams: &'a mut Vec<Stream>, id: Value, event: &NewEvent) -> &'a mut 
 }
 
 /// The piece of text that an event of a stream brings; `None` for an event that is whole.
-fn text_of(event: &NewEvent) -> Option<String> {
+fn text_of(event: &NewEvent) -> Option<&str> {
     let text = match event.kind {
         EventType::Stdout | EventType::Stderr => &event.data,
         EventType::Message | EventType::Reasoning => &event.data["delta"],
         _ => return None,
     };
-    text.as_str().map(str::to_owned)
+    text.as_str()
 }
 
 fn with_text(mut event: NewEvent, text: String) -> NewEvent {

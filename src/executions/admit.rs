@@ -6,6 +6,7 @@ use super::models;
 use crate::model::destination::Destinations;
 use crate::model::request::{LimitsRequest, ModelConfig, PermissionMode, TaskRequest};
 use crate::model::task::{LEAST_CPU_MILLIS, LEAST_DISK, LEAST_MEMORY, LEAST_PIDS, Limits, ModelChoice, Task};
+use crate::model::turns_text;
 use crate::secrets::Keyring;
 use crate::workspace::is_plain_relative;
 use secrecy::SecretString;
@@ -171,13 +172,10 @@ pub(super) fn non_empty(text: Option<String>) -> Option<String> {
 
 /// Names go into paths, logs and terminals: no control characters, nothing that turns the direction of text.
 pub(super) fn name(field: &str, value: &str) -> Result<(), FieldError> {
-    let bad = |c: char| {
-        c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}')
-    };
     if value.len() > MAX_NAME {
         return refuse(field, format!("may have at most {MAX_NAME} bytes"));
     }
-    if value.chars().any(bad) {
+    if value.chars().any(|c| c.is_control() || turns_text(c)) {
         return refuse(field, "may not contain control or direction characters");
     }
     Ok(())
@@ -272,6 +270,7 @@ mod tests {
             ("workdir", Box::new(|b| b["workdir"] = json!("../x"))),
             ("workdir", Box::new(|b| b["workdir"] = json!("/etc"))),
             ("workdir", Box::new(|b| b["workdir"] = json!("a\u{202e}b"))),
+            ("workdir", Box::new(|b| b["workdir"] = json!("a\u{61c}b"))),
             ("agent", Box::new(|b| b["agent"] = json!("nobody"))),
             ("metadata", Box::new(|b| b["metadata"] = json!("x".repeat(20_000)))),
             ("permissions.mode", Box::new(|b| b["permissions"] = json!({"mode": "ask"}))),

@@ -28,6 +28,12 @@ pub fn rfc3339(time: DateTime<Utc>) -> String {
     time.to_rfc3339_opts(SecondsFormat::Millis, true)
 }
 
+/// Whether a character turns the direction of the text around it: what is shown then is not what is there (Unicode's
+/// `Bidi_Control`).
+pub fn turns_text(c: char) -> bool {
+    matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
 /// Serde for a `DateTime<Utc>` in the contract's form (see [`rfc3339`]).
 pub mod millis {
     use super::{DateTime, Utc, rfc3339};

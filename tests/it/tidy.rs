@@ -52,7 +52,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("api", &["model", "tasks", "secrets", "telemetry", "store", "events", "executions"]),
     ("client", &["model", "sse"]),
     ("notify", &["model", "tasks", "telemetry", "store"]),
-    ("console", &[]),
+    ("console", &["model"]),
     ("scripted", &["tasks"]),
     // Wiring.
     ("protection", &["config", "sandbox"]),
