@@ -459,7 +459,12 @@ impl Metrics {
 
     /// A session tried to reach another host than its model's.
     pub fn egress(&self, outcome: EgressOutcome) {
-        self.0.egress.with_label_values(&[outcome.as_str()]).inc();
+        self.egress_many(outcome, 1);
+    }
+
+    /// The same, so many times.
+    pub fn egress_many(&self, outcome: EgressOutcome, count: u64) {
+        self.0.egress.with_label_values(&[outcome.as_str()]).inc_by(count);
     }
 
     /// So many bytes passed through a tunnel.

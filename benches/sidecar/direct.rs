@@ -60,6 +60,7 @@ impl Direct {
             user: None,
             confinement: None,
             limits: None,
+            refused: None,
             deadline: patience,
             stop: CancellationToken::new(),
         };

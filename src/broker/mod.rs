@@ -21,7 +21,7 @@ mod priming;
 mod server;
 mod session;
 
-pub use egress::{EgressConfig, Refusal, Why};
+pub use egress::{Direct, EgressConfig, Refusal, Why};
 pub use error::ModelError;
 pub use session::{Exhausted, Facts, Lease, Outcome, Report, ShellCall};
 
@@ -179,7 +179,7 @@ impl Broker {
     /// Opens the broker for a session, for as long as the lease lives.
     pub fn open(&self, grant: Grant) -> Lease {
         let token = session::token();
-        let way = egress::Way::new(&self.inner.config.egress);
+        let way = egress::Way::new(&self.inner.config.egress, self.inner.metrics.clone());
         let id = self.inner.next_id.fetch_add(1, Ordering::Relaxed);
         let session = Arc::new(Session::new(grant, &token, way, &self.inner.config));
         self.inner.sessions.send_modify(|sessions| {

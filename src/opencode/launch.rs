@@ -5,7 +5,7 @@
 
 use super::profile::Directories;
 use crate::sandbox::confine::{Confinement, Namespace, Protection};
-use crate::sandbox::{Limits, Process, Sandbox, Signal, Spec, StartError, User};
+use crate::sandbox::{Limits, Process, RefusedConnects, Sandbox, Signal, Spec, StartError, User};
 use crate::tasks::Tasks;
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -139,6 +139,8 @@ pub struct Launch {
     pub confinement: Option<Confinement>,
     /// What it may use, with all that descends from it; neither limited nor measured without it.
     pub limits: Option<Limits>,
+    /// Is told where its confinement does not let it connect to.
+    pub refused: Option<RefusedConnects>,
     /// From the start to the line that says it listens.
     pub deadline: Duration,
     /// Calls the start off.
@@ -189,6 +191,7 @@ async fn launch_once(sandbox: &Sandbox, tasks: &Tasks, ports: &Ports, launch: &L
         limits: launch.limits,
         beside: None,
         terminal: None,
+        refused: launch.refused.clone(),
     };
     let args = ["serve", "--port", &port.number.to_string(), "--hostname", "127.0.0.1", "--print-logs"];
     let args = args.iter().map(OsString::from).collect();

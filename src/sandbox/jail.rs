@@ -305,9 +305,14 @@ impl Jail {
                 return;
             }
             let look = self.watcher.as_ref().map(Watcher::due);
-            self.wait(left.into_iter().chain(look).min(), true);
+            let tell = self.gate.as_ref().and_then(|gate| gate.refused.due());
+            self.wait([left, look, tell].into_iter().flatten().min(), true);
             if self.gate.as_mut().is_some_and(|gate| !gate.advance()) {
+                self.tell_refused();
                 self.gate = None;
+            }
+            if self.gate.as_ref().is_some_and(|gate| gate.refused.due().is_some_and(|due| due.is_zero())) {
+                self.tell_refused();
             }
             for command in self.control.commands() {
                 match command {
@@ -319,6 +324,13 @@ impl Jail {
                 self.signal(policy.stop_signal);
                 kill_at = Some(Instant::now() + Duration::from_millis(policy.stop_grace_ms.min(3_600_000)));
             }
+        }
+    }
+
+    /// Tells what the gate refused and was not told yet.
+    fn tell_refused(&mut self) {
+        for (to, count) in self.gate.iter_mut().flat_map(|gate| gate.refused.take()) {
+            self.control.report(&Report::Refused { to, count });
         }
     }
 
@@ -338,6 +350,7 @@ impl Jail {
     /// Kills all that is left, and reports when the kernel says that nothing is.
     fn end_everything(&mut self, group: Option<&cgroup::Layout>) {
         self.control.report(&Report::Killing(true));
+        self.tell_refused();
         // Whoever waits for it is about to be killed.
         self.gate = None;
         let mut before = BTreeSet::new();

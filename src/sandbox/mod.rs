@@ -49,6 +49,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -208,6 +209,26 @@ pub struct Spec {
     /// Gives it a terminal of this size as its standard input, output and error, and as the controlling terminal of a
     /// session of its own; see [`Process::take_terminal`]. Without one, its input is empty and its output are pipes.
     pub terminal: Option<TerminalSize>,
+    /// Is told of the connects that its confinement refuses, where [`confine::Protection::Egress`] is in force.
+    pub refused: Option<RefusedConnects>,
+}
+
+/// Takes in where a confined program wanted to connect to and was refused.
+#[derive(Clone)]
+pub struct RefusedConnects(Arc<dyn Fn(Option<SocketAddr>, u64) + Send + Sync>);
+
+impl RefusedConnects {
+    /// `told` gets the address and how many connects to it were refused since the last call; `None` stands for more
+    /// addresses than are told apart. The first comes at once, later ones within about 100 ms. It must not wait.
+    pub fn new(told: impl Fn(Option<SocketAddr>, u64) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(told))
+    }
+}
+
+impl fmt::Debug for RefusedConnects {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RefusedConnects")
+    }
 }
 
 impl Spec {
@@ -228,6 +249,7 @@ impl Spec {
             limits: None,
             beside: None,
             terminal: None,
+            refused: None,
         }
     }
 }

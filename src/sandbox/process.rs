@@ -9,7 +9,7 @@ use super::protocol::{self, Command, Policy, Report};
 use super::resources::{Resource, ResourceEvents, Usage};
 use super::terminal::{self, Terminal};
 use super::watch::{Io, Sample};
-use super::{Exit, Gone, Limits, Sandbox, Signal, Spec, StartError, StillAlive, jail, orphans, tree};
+use super::{Exit, Gone, Limits, RefusedConnects, Sandbox, Signal, Spec, StartError, StillAlive, jail, orphans, tree};
 use nix::sys::signal::Signal as Raw;
 use std::future::pending;
 use std::io::{self, Write};
@@ -200,6 +200,7 @@ fn spawn(sandbox: &Sandbox, spec: Spec, group: Option<Membership>) -> io::Result
         alarm,
         watched,
         felt: Felt::default(),
+        refused: spec.refused,
     };
     sandbox.tasks.spawn("jail", supervisor.run(reports, policy));
     let shared = Arc::new(Shared { name: spec.name, jail, control, group: weak });
@@ -451,6 +452,7 @@ struct Supervisor {
     /// Whether the jail looks at what it uses.
     watched: bool,
     felt: Felt,
+    refused: Option<RefusedConnects>,
 }
 
 /// What is known about the reason of the program's end.
@@ -521,6 +523,11 @@ impl Supervisor {
                 }
                 Ok(Report::Seen(sample)) => self.set(|state| state.seen = Some(sample)),
                 Ok(Report::Exhausted(resource)) => self.felt.exhausted = Some(resource),
+                Ok(Report::Refused { to, count }) => {
+                    if let Some(RefusedConnects(told)) = &self.refused {
+                        told(to, count);
+                    }
+                }
                 Ok(Report::Killing(_)) => self.felt.killing = true,
                 Ok(Report::Empty { cpu_seconds, io }) => end = Some((cpu_seconds, io)),
                 Err(error) => tracing::error!(name = self.name, %error, "a jail's report cannot be read"),

@@ -7,6 +7,7 @@ use super::watch::{Io, Sample, Watch};
 use super::{Exit, Signal, Spec};
 use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
+use std::net::SocketAddr;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
@@ -145,6 +146,9 @@ pub(super) enum Report {
     Seen(Sample),
     /// A limit that is watched is reached: everything is killed.
     Exhausted(Resource),
+    /// Connects of the program that were refused since the last report: where to, or `None` for more addresses than are told
+    /// apart, and how many.
+    Refused { to: Option<SocketAddr>, count: u64 },
     /// From here on the jail kills, the program too if it still runs.
     Killing(bool),
     /// Nothing is left.

@@ -1,7 +1,8 @@
 //! What of the way out a session has in its environment, and an execution in its log. The way itself is the broker's.
 
-use crate::broker::Refusal;
+use crate::broker::{Lease, Refusal};
 use crate::model::event::{NewEvent, Severity};
+use crate::sandbox::RefusedConnects;
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::json;
 use std::ffi::OsString;
@@ -42,6 +43,12 @@ pub(super) fn environment(
         env.extend(ROOTS.iter().map(|name| (name.into(), roots.clone())));
     }
     env
+}
+
+/// Has what the sandbox refuses of a session counted with what the proxy refuses it.
+pub(super) fn refused_by_sandbox(lease: &Lease) -> RefusedConnects {
+    let direct = lease.direct();
+    RefusedConnects::new(move |to, count| direct.refused(to, count))
 }
 
 /// What the log says of attempts that were refused.

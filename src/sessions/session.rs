@@ -317,6 +317,7 @@ impl Session {
             user: place.user,
             confinement: confinement.clone(),
             limits: settings.confined.then(|| wanted.resources()),
+            refused: settings.confined.then(|| egress::refused_by_sandbox(&lease)),
             deadline: within,
             stop: wanted.stop.clone(),
         };

@@ -19,7 +19,7 @@ pub(super) use tunnel::Place;
 use super::destination::{Destinations, Target};
 use super::session::{Lease, Session, digest, token};
 use super::{BrokerConfig, Inner};
-use crate::telemetry::{BrokerRefusal, EgressOutcome};
+use crate::telemetry::{BrokerRefusal, EgressOutcome, Metrics};
 use axum::body::Body;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -77,14 +77,15 @@ pub(super) struct Way {
     digest: [u8; 32],
     tunnels: Arc<Semaphore>,
     refusals: watch::Sender<Refusals>,
+    metrics: Metrics,
 }
 
 impl Way {
-    pub(super) fn new(config: &EgressConfig) -> Self {
+    pub(super) fn new(config: &EgressConfig, metrics: Metrics) -> Self {
         let token = token();
         let digest = digest(token.expose_secret());
         let tunnels = Arc::new(Semaphore::new(config.max_tunnels));
-        Self { token, digest, tunnels, refusals: watch::Sender::default() }
+        Self { token, digest, tunnels, refusals: watch::Sender::default(), metrics }
     }
 
     /// Compares in constant time.
@@ -93,7 +94,7 @@ impl Way {
     }
 
     fn refuse(&self, target: &Target, why: Why) {
-        self.refusals.send_if_modified(|refusals| refusals.note(target, why));
+        self.refusals.send_if_modified(|refusals| refusals.note(Some(target), why, 1));
     }
 
     /// Begins to count anew.
@@ -112,6 +113,12 @@ impl Lease {
     /// The credential in that.
     pub fn proxy_token(&self) -> &SecretString {
         &self.session().way.token
+    }
+
+    /// Takes in what the sandbox refused of the session, for [`Self::refused`]. Does not keep the session's credentials.
+    pub fn direct(&self) -> Direct {
+        let Way { refusals, metrics, .. } = &self.session().way;
+        Direct { refusals: refusals.clone(), metrics: metrics.clone() }
     }
 
     /// Waits until attempts of the present execution were refused that are to be told, and gives them: each host and port
@@ -136,6 +143,22 @@ impl Lease {
             false
         });
         taken
+    }
+}
+
+/// Where attempts to leave a session without its proxy are counted.
+#[derive(Clone, Debug)]
+pub struct Direct {
+    refusals: watch::Sender<Refusals>,
+    metrics: Metrics,
+}
+
+impl Direct {
+    /// So many more were refused; `to` is `None` where the addresses were not told apart.
+    pub fn refused(&self, to: Option<SocketAddr>, count: u64) {
+        let target = to.and_then(|to| Target::parse(&to.to_string()));
+        self.metrics.egress_many(EgressOutcome::Refused, count);
+        self.refusals.send_if_modified(|refusals| refusals.note(target.as_ref(), Why::Direct, count));
     }
 }
 

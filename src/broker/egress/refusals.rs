@@ -19,6 +19,8 @@ pub enum Why {
     PlainHttp,
     /// The session has as many connections as it may.
     TooMany,
+    /// It was not asked of the proxy: the sandbox refused it.
+    Direct,
 }
 
 impl Why {
@@ -29,6 +31,7 @@ impl Why {
             Self::NotPublic => "not_public",
             Self::PlainHttp => "plain_http",
             Self::TooMany => "too_many_connections",
+            Self::Direct => "direct",
         }
     }
 
@@ -39,6 +42,7 @@ impl Why {
             Self::NotPublic => format!("{target} has no address that may be reached by that name"),
             Self::PlainHttp => format!("{target} was asked for by http, and only https is let out"),
             Self::TooMany => format!("{target} may not be reached now: the session has too many connections"),
+            Self::Direct => format!("{target} was tried without the proxy, which is the session's one way out"),
         }
     }
 }
@@ -72,13 +76,13 @@ impl Seen {
 pub(super) struct Refusals(BTreeMap<Option<(String, u16)>, Seen>);
 
 impl Refusals {
-    /// One more. Gives whether it is to be told now.
-    pub(super) fn note(&mut self, target: &Target, why: Why) -> bool {
-        let key = Some((target.host().to_string(), target.port()));
+    /// So many more; `None` for some that nobody told apart. Gives whether it is to be told now.
+    pub(super) fn note(&mut self, target: Option<&Target>, why: Why, count: u64) -> bool {
+        let key = target.map(|target| (target.host().to_string(), target.port()));
         let key = if self.0.len() < MOST || self.0.contains_key(&key) { key } else { None };
         let seen = self.0.entry(key).or_insert(Seen { why, count: 0, told: 0 });
         seen.why = why;
-        seen.count += 1;
+        seen.count += count;
         seen.is_due()
     }
 
@@ -111,7 +115,7 @@ mod tests {
         let mut refusals = Refusals::default();
         let mut told = Vec::new();
         for _ in 0..12_345 {
-            if refusals.note(&target("a.example:443"), Why::NotAllowed) {
+            if refusals.note(Some(&target("a.example:443")), Why::NotAllowed, 1) {
                 told.extend(refusals.take(false).iter().map(|refusal| refusal.count));
             }
             assert!(!refusals.has_due());
@@ -128,7 +132,7 @@ mod tests {
         let mut refusals = Refusals::default();
         let mut told = 0;
         for at in 0..10_000 {
-            if refusals.note(&target(&format!("h{at}.example:1")), Why::NotPublic) {
+            if refusals.note(Some(&target(&format!("h{at}.example:1"))), Why::NotPublic, 1) {
                 told += refusals.take(false).len();
             }
         }
@@ -142,9 +146,10 @@ mod tests {
     #[test]
     fn ports_of_a_host_are_told_apart() {
         let mut refusals = Refusals::default();
-        assert!(refusals.note(&target("A.example:1"), Why::NotAllowed));
-        assert!(refusals.note(&target("a.example:2"), Why::PlainHttp));
-        assert!(refusals.note(&target("a.example.:1"), Why::TooMany), "the first is not told yet");
+        let mut note = |text: &str, why| refusals.note(Some(&target(text)), why, 1);
+        assert!(note("A.example:1", Why::NotAllowed));
+        assert!(note("a.example:2", Why::PlainHttp));
+        assert!(note("a.example.:1", Why::TooMany), "the first is not told yet");
         let counts: Vec<_> = refusals.take(false).into_iter().map(|r| (r.target.unwrap().1, r.count, r.why)).collect();
         assert_eq!(counts, [(1, 2, Why::TooMany), (2, 1, Why::PlainHttp)]);
     }

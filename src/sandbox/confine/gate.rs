@@ -16,9 +16,12 @@
 //! A connect to [`ASIDE`] is no connect: with it the shell tap asks to be moved to the tools' part of its control group,
 //! where less may be done than outside of it, so everyone may ask. The gate is the one that may move it.
 //!
+//! A connect that it refuses is counted, and told to the sidecar (see [`Refused`]).
+//!
 //! What is wildcard is made loopback: a program that listens on every address listens on those of this machine alone.
 
 use super::Network;
+use super::refused::Refused;
 use crate::sandbox::cgroup::Layout;
 use nix::libc::{self, seccomp_notif, seccomp_notif_addfd, seccomp_notif_resp};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -59,6 +62,7 @@ pub(in crate::sandbox) struct Gate {
     /// The program is in a network namespace that is not the jail's.
     apart: bool,
     pending: Vec<Pending>,
+    pub(in crate::sandbox) refused: Refused,
 }
 
 /// A connect that the kernel has not answered yet.
@@ -92,7 +96,7 @@ impl Gate {
         group: Option<Layout>,
         apart: bool,
     ) -> Self {
-        Self { listener, network, user, group, apart, pending: Vec::new() }
+        Self { listener, network, user, group, apart, pending: Vec::new(), refused: Refused::default() }
     }
 
     /// What to poll for.
@@ -153,7 +157,7 @@ impl Gate {
         }
     }
 
-    fn make(&self, call: &seccomp_notif) -> Result<Next> {
+    fn make(&mut self, call: &seccomp_notif) -> Result<Next> {
         let [fd, address, length, ..] = call.data.args;
         let thread = i32::try_from(call.pid).map_err(|_| Errno::SRCH)?;
         // The kernel takes 32 bits of it, like this.
@@ -223,11 +227,12 @@ impl Gate {
         result
     }
 
-    fn connect(&self, call: &seccomp_notif, socket: OwnedFd, address: SocketAddr) -> Result<Next> {
+    fn connect(&mut self, call: &seccomp_notif, socket: OwnedFd, address: SocketAddr) -> Result<Next> {
         let to = loopback_for_wildcard(address);
         let canonical = SocketAddr::new(to.ip().to_canonical(), to.port());
         let local = canonical.ip().is_loopback() && self.network.local.contains(&to.port());
         if !local && !self.network.connect.contains(&canonical) {
+            self.refused.note(canonical);
             return Err(Errno::ACCESS);
         }
         // One that has an address already was exchanged before: asked again, it is to answer for itself.

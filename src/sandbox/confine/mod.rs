@@ -19,6 +19,7 @@ mod identity;
 mod landlock;
 mod namespace;
 mod offers;
+mod refused;
 mod seccomp;
 mod spawn;
 

@@ -4,11 +4,14 @@
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
 use super::bench::{Bench, until_told};
-use opencode_sidecar::sandbox::Spec;
 use opencode_sidecar::sandbox::confine::{Namespace, Network, Protection};
+use opencode_sidecar::sandbox::{RefusedConnects, Spec};
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 /// Ports for programs, so that tests side by side do not meet.
 fn ports<const N: usize>() -> [u16; N] {
@@ -97,9 +100,15 @@ async fn connects(bench: &Bench, as_user: bool, namespace: Namespace) {
     if as_user {
         spec = bench.as_user(spec);
     }
+    let seen = Arc::new(Mutex::new(BTreeMap::new()));
+    let seeing = Arc::clone(&seen);
+    spec.refused = Some(RefusedConnects::new(move |to, count| *seeing.lock().unwrap().entry(to).or_default() += count));
     let told = bench.told(spec).await;
     let wanted: Vec<_> = tries.iter().map(|(_, wanted)| *wanted).collect();
     assert_eq!(told, wanted, "{addresses:?}");
+    let refused = tries.iter().filter(|(_, wanted)| *wanted == "EACCES");
+    let refused = refused.map(|(address, _)| (Some(address.parse::<SocketAddr>().unwrap()), 1_u64));
+    assert_eq!(*seen.lock().unwrap(), refused.collect::<BTreeMap<_, _>>());
     nobody_came(&outside.elsewhere);
     nobody_came(&outside.neighbour);
     for _ in 0..3 {
@@ -125,6 +134,24 @@ async fn only_the_broker_is_connected_to_by_a_user_of_its_own() {
         connects(&bench, true, *namespace).await;
     }
     bench.stop().await;
+}
+
+#[tokio::test]
+async fn a_flood_of_refused_connects_is_counted_whole_and_told_seldom() {
+    let bench = Bench::new();
+    let outside = Outside::new();
+    let mut spec = outside.spec(&bench, "connect", &vec!["192.0.2.1:443".to_owned(); 3000]);
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let seeing = Arc::clone(&seen);
+    spec.refused = Some(RefusedConnects::new(move |to, count| seeing.lock().unwrap().push((to, count))));
+    let began = Instant::now();
+    assert_eq!(bench.told(spec).await.len(), 3000);
+    let tenths = began.elapsed().as_millis() / 100;
+    let seen = seen.lock().unwrap();
+    assert_eq!(seen.iter().map(|(_, count)| count).sum::<u64>(), 3000);
+    assert!(seen.iter().all(|(to, _)| *to == Some("192.0.2.1:443".parse().unwrap())), "{seen:?}");
+    // The first, one in each tenth of a second, and the last.
+    assert!(seen.len() as u128 <= tenths + 2, "{} reports in {tenths} tenths of a second", seen.len());
 }
 
 #[tokio::test]

@@ -87,6 +87,7 @@ pub(super) async fn record(scenario: &Scenario) -> Vec<Recorded> {
         user: None,
         confinement: None,
         limits: None,
+        refused: None,
         deadline: Duration::from_secs(60),
         stop: CancellationToken::new(),
     };

@@ -126,6 +126,7 @@ async fn what_is_named_is_reached_and_the_log_says_what_was_refused() {
         [
             "not.named.example:443 not_allowed 1",
             "plain.example:80 plain_http 1",
+            &format!("{address} direct 1"),
             // The whole count, at the end.
             "not.named.example:443 not_allowed 2",
         ]
@@ -135,7 +136,7 @@ async fn what_is_named_is_reached_and_the_log_says_what_was_refused() {
     assert!(fetched["data"]["result"].to_string().contains("hello from outside"), "{fetched}");
     assert_eq!(outside.site.connections(), 2, "nobody came directly");
     let metrics = sidecar.http.get(format!("{}/metrics", sidecar.base)).send().await.unwrap().text().await.unwrap();
-    for line in ["egress_total{outcome=\"opened\"} 2", "egress_total{outcome=\"refused\"} 3"] {
+    for line in ["egress_total{outcome=\"opened\"} 2", "egress_total{outcome=\"refused\"} 4"] {
         assert!(metrics.lines().any(|l| l == format!("opencode_sidecar_{line}")), "{line}\n{metrics}");
     }
     sidecar.stop().await;
@@ -171,7 +172,7 @@ async fn it_is_the_same_for_an_ordinary_user() {
     let events = sidecar.follow(&sidecar.submit(&script).await).await;
     let said = text_of(&events, "stdout");
     assert_eq!(said, "hello from outside\nrefused 56\ndirectly 7\n", "{}", text_of(&events, "stderr"));
-    assert_eq!(refusals(&events), ["not.named.example:443 not_allowed 1"]);
+    assert_eq!(refusals(&events), ["not.named.example:443 not_allowed 1", &format!("{address} direct 1")]);
     assert_eq!(outside.site.connections(), 1);
     sidecar.stop().await;
 }
