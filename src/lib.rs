@@ -87,7 +87,8 @@
 //! | how the backend learns of a status | `store::callbacks`, where it is kept, and [`notify`], which tells it |
 //! | who may do what | [`api::auth`]; each route names its scope beside its path; `secrets::token` for how tokens are checked |
 //! | how a file is read for others | `workspace::files`, then `executions::files` and [`api::files`] |
-//! | how it is known what a run changed | `opencode::changes`, then `sessions::run` |
+//! | how it is known what a run changed | `opencode::changes`, then `sessions::run::changes` |
+//! | what a resumed execution knows of before | `events::ledger`, then `executions::recovery` and `sessions::run::again` |
 //! | which error has which status | [`api::problem`] |
 //! | what the command line can do | `src/cli.rs`, then `cli::exec` and `cli::watch` |
 //! | how a dropped stream goes on | [`client::follow`] |

@@ -5,17 +5,20 @@
 //! and goes into the journal's summary. Pure: the same writes give the same ledger, also where some of them are applied
 //! again from the first of these on.
 
+use crate::model::event::{NewEvent, Severity};
 use crate::model::{
     Event, EventType, ExecutionId, ExecutionRecord, Fingerprint, Idempotency, SessionId, SessionRecord, Submitted,
 };
 use crate::store::{Fact, Outcome, Write};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
-use std::collections::{BTreeMap, HashMap};
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 /// How much of a tool's arguments is kept, in characters.
 const ARGUMENTS: usize = 300;
+/// How many calls of tools that have a result are remembered, the newest.
+const ENDED_CALLS: usize = 256;
 
 /// An execution whose end the database does not have.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -24,6 +27,9 @@ pub struct Standing {
     pub record: ExecutionRecord,
     /// Calls of tools that have no result.
     pub open_tools: Vec<OpenTool>,
+    /// The newest of those that have one, by their ids, in that order.
+    #[serde(default)]
+    pub ended_calls: VecDeque<String>,
     /// The key of its model, sealed.
     pub credentials: Option<String>,
     /// OpenCode's id of the conversation; set before it is prompted.
@@ -40,6 +46,25 @@ pub struct OpenTool {
     pub tool: String,
     /// As JSON, cut off where it is long.
     pub arguments: String,
+}
+
+impl OpenTool {
+    /// Of the data of a `tool_call`; `None` where it has no id.
+    pub fn of(call: &Value) -> Option<Self> {
+        Some(Self {
+            call_id: call["call_id"].as_str()?.to_owned(),
+            tool: call["tool"].as_str().unwrap_or_default().to_owned(),
+            arguments: call["args"].to_string().chars().take(ARGUMENTS).collect(),
+        })
+    }
+
+    /// The result of a call that never got one.
+    pub fn interrupted(&self) -> NewEvent {
+        let Self { call_id, tool, .. } = self;
+        let data =
+            json!({ "call_id": call_id, "tool": tool, "result": null, "error": "interrupted", "duration_ms": null });
+        NewEvent::new(EventType::ToolResult, data).severity(Severity::Warn)
+    }
 }
 
 /// What is left of what was written.
@@ -80,6 +105,7 @@ impl Ledger {
                 self.executions.entry(record.id).or_insert_with(|| Standing {
                     record: (**record).clone(),
                     open_tools: Vec::new(),
+                    ended_calls: VecDeque::new(),
                     credentials: None,
                     conversation: None,
                     outcome: None,
@@ -90,7 +116,12 @@ impl Ledger {
                     && event.seq > standing.record.last_seq
                 {
                     standing.record.last_seq = event.seq;
-                    note_call(&mut standing.open_tools, event);
+                    if let Some(ended) = note_call(&mut standing.open_tools, event) {
+                        standing.ended_calls.push_back(ended);
+                        if standing.ended_calls.len() > ENDED_CALLS {
+                            standing.ended_calls.pop_front();
+                        }
+                    }
                 }
             }
             Write::Change { record, .. } => {
@@ -129,6 +160,7 @@ impl Ledger {
             if record.status.is_final() {
                 // Nobody goes on with it.
                 (standing.open_tools, standing.credentials) = (Vec::new(), None);
+                standing.ended_calls = VecDeque::new();
             }
         }
     }
@@ -204,26 +236,27 @@ impl Ledger {
 /// The calls of a log, or of those of its events that tell of tools, that have no result.
 pub fn open_tools(events: &[Event]) -> Vec<OpenTool> {
     let mut open = Vec::new();
-    events.iter().for_each(|event| note_call(&mut open, event));
+    for event in events {
+        note_call(&mut open, event);
+    }
     open
 }
 
 /// Opens or closes a call, where the event does.
-fn note_call(open: &mut Vec<OpenTool>, event: &Event) {
+/// Gives the id of a call that has its result by this event.
+fn note_call(open: &mut Vec<OpenTool>, event: &Event) -> Option<String> {
     if !matches!(event.kind, EventType::ToolCall | EventType::ToolResult) {
-        return;
+        return None;
     }
-    let Ok(envelope) = serde_json::from_str::<Value>(&event.json) else { return };
-    let data = &envelope["data"];
-    let Some(call_id) = data["call_id"].as_str() else { return };
+    let mut envelope: Value = serde_json::from_str(&event.json).ok()?;
+    let data = envelope["data"].take();
+    let call_id = data["call_id"].as_str()?.to_owned();
     open.retain(|open| open.call_id != call_id);
-    if event.kind == EventType::ToolCall {
-        open.push(OpenTool {
-            call_id: call_id.to_owned(),
-            tool: data["tool"].as_str().unwrap_or_default().to_owned(),
-            arguments: data["args"].to_string().chars().take(ARGUMENTS).collect(),
-        });
+    if event.kind == EventType::ToolResult {
+        return Some(call_id);
     }
+    open.extend(OpenTool::of(&data));
+    None
 }
 
 #[cfg(test)]

@@ -6,8 +6,8 @@
 //! of what was taken over from it.
 
 use super::Executions;
-use super::recovery::{GONE, cut_off};
-use crate::events::open_tools;
+use super::recovery::GONE;
+use crate::events::{OpenTool, open_tools};
 use crate::model::event::{EventType, NewEvent};
 use crate::model::execution::{Command, State, apply};
 use crate::model::{ExecutionRecord, Reason};
@@ -146,7 +146,7 @@ impl Executions {
         // Its owner may have shown more than the database has.
         record.epoch = record.epoch.saturating_add(1);
         record.error = Some(GONE.to_owned());
-        let mut events: Vec<_> = open_tools(&calls).iter().map(cut_off).collect();
+        let mut events: Vec<_> = open_tools(&calls).iter().map(OpenTool::interrupted).collect();
         events.push(NewEvent::error(Reason::Interrupted.as_str(), GONE, true, None));
         events.push(NewEvent::status(record.status, record.reason, record.progress));
         events.push(NewEvent::complete(

@@ -16,7 +16,7 @@ use crate::model::{ExecutionId, ExecutionRecord, Reason, Status, Usage};
 use crate::opencode::launch::LaunchError;
 use crate::opencode::outcome::Failure;
 use crate::opencode::profile::Profile;
-use crate::sessions::{Ended, Measured, Observer, Parked, Progress, Run, Session, SessionError, Wanted};
+use crate::sessions::{Ended, KnownCalls, Measured, Observer, Parked, Progress, Run, Session, SessionError, Wanted};
 use crate::store::{Outcome, OutcomeFailure};
 use chrono::{DateTime, Utc};
 use secrecy::SecretString;
@@ -45,8 +45,7 @@ pub(super) struct Owner {
 #[derive(Debug)]
 pub(super) struct Resumption {
     pub(super) parked: Parked,
-    /// What the agent is told.
-    pub(super) message: String,
+    pub(super) known: KnownCalls,
 }
 
 #[derive(Debug)]
@@ -290,8 +289,7 @@ impl Owner {
         let deadline = Instant::now() + record.task.timeout().saturating_sub(used);
         shared.make_room().await;
         let resumption = self.resumption.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let again = resumption.as_ref().map(|resumption| resumption.message.clone());
-        let parked = resumption.map(|resumption| resumption.parked);
+        let (parked, known) = resumption.map(|Resumption { parked, known }| (parked, known)).unzip();
         let session = self.session(shared, &record, api_key, parked, deadline).await;
         let (mut session, warm) = match session {
             Ok(session) => session,
@@ -325,7 +323,7 @@ impl Owner {
         let run = Run {
             task: &record.task,
             title: &title,
-            again: again.as_deref(),
+            again: known.as_ref(),
             writer: &self.writer,
             observer: self,
             stop: &self.stop,

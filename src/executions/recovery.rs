@@ -7,14 +7,13 @@ use super::owner::Resumption;
 use super::{Executions, Queued, idempotency};
 use crate::events::{Inherited, OpenTool, Standing};
 use crate::failpoint;
-use crate::model::event::{EventType, NewEvent, Severity};
 use crate::model::idempotency::KEY_LIFE;
 use crate::model::request::OnRestart;
 use crate::model::{ExecutionId, Reason, SessionId, Status};
+use crate::sessions::KnownCalls;
 use crate::store::{Outcome, OutcomeFailure, StoreError};
 use chrono::Utc;
 use secrecy::SecretString;
-use serde_json::json;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -101,7 +100,7 @@ impl Executions {
             record.epoch = record.epoch.saturating_add(1);
         }
         let was = record.status.as_str();
-        let calls: Vec<_> = open_tools.iter().map(cut_off).collect();
+        let calls: Vec<_> = open_tools.iter().map(OpenTool::interrupted).collect();
         match fate {
             Fate::Waits { api_key, sealed, resumption, message } => {
                 // Under the key of this life: that of the one before is about to go.
@@ -203,7 +202,8 @@ impl Executions {
         };
         match self.shared.sessions.left(record.session_id, conversation) {
             Some(parked) => {
-                let resumption = Some(Resumption { parked, message: what_was_cut_off(&standing.open_tools) });
+                let Standing { open_tools, ended_calls, .. } = standing.clone();
+                let resumption = Some(Resumption { parked, known: KnownCalls { open_tools, ended_calls } });
                 let message = "The sidecar or its node went away while the task was running; it goes on where it was.";
                 Fate::Waits { api_key, sealed, resumption, message }
             }
@@ -295,29 +295,4 @@ fn interrupted(why: &str) -> Outcome {
     let reason = Reason::Interrupted;
     let failure = OutcomeFailure { code: reason.as_str().to_owned(), message: why.to_owned(), retry_after: None };
     Outcome { reason, failure: Some(failure) }
-}
-
-/// The result of a call that has none.
-pub(super) fn cut_off(open: &OpenTool) -> NewEvent {
-    let OpenTool { call_id, tool, .. } = open;
-    let data = json!({ "call_id": call_id, "tool": tool, "result": null, "error": "interrupted", "duration_ms": null });
-    NewEvent::new(EventType::ToolResult, data).severity(Severity::Warn)
-}
-
-/// What the agent is told when it goes on.
-fn what_was_cut_off(open_tools: &[OpenTool]) -> String {
-    let mut message = String::from(
-        "The machine that you work on was interrupted and has been started again. Every process that you had started is \
-         gone; the files are as they were left.",
-    );
-    if !open_tools.is_empty() {
-        message.push_str(
-            "\n\nThese tool calls were cut off. They have not been run again, and may have had a part of their effect:",
-        );
-        for OpenTool { tool, arguments, .. } in open_tools {
-            message.push_str(&format!("\n- {tool} {arguments}"));
-        }
-    }
-    message.push_str("\n\nLook how things stand, then go on with the task.");
-    message
 }

@@ -386,12 +386,11 @@ impl Translator {
     fn tool_part(&mut self, part: &Part, session: &str) -> Step {
         let mut step = Step::default();
         let state = &part.state;
-        let ended = matches!(state.status.as_str(), "completed" | "error");
+        let ended = state.has_ended();
         let call = self.tools.entry(part.id.clone()).or_default();
         if (state.status == "running" || ended) && !call.announced {
             call.announced = true;
-            let data = json!({ "call_id": part.id, "tool": part.tool, "args": state.input });
-            step.events.push(NewEvent::new(EventType::ToolCall, data));
+            step.events.push(tool_call(part));
             self.running.push((part.id.clone(), part.tool.clone()));
             self.of_this_answer.push((session.to_owned(), part.id.clone()));
             if let (false, "bash", Some(command)) = (ended, part.tool.as_str(), state.input["command"].as_str()) {
@@ -511,7 +510,14 @@ impl PartKind {
     }
 }
 
-fn tool_result(part: &Part) -> NewEvent {
+/// What begins a tool call.
+pub fn tool_call(part: &Part) -> NewEvent {
+    let data = json!({ "call_id": part.id, "tool": part.tool, "args": part.state.input });
+    NewEvent::new(EventType::ToolCall, data)
+}
+
+/// What ends one that has ended.
+pub fn tool_result(part: &Part) -> NewEvent {
     let state = &part.state;
     let duration = match (state.time.start, state.time.end) {
         (Some(start), Some(end)) => Some(whole(end - start)),

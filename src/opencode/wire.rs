@@ -148,6 +148,13 @@ pub struct ToolState {
     pub time: PartTime,
 }
 
+impl ToolState {
+    /// Whether the tool is done, for good or ill.
+    pub fn has_ended(&self) -> bool {
+        matches!(self.status.as_str(), "completed" | "error")
+    }
+}
+
 /// `GET /session/:id/message`.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Message {

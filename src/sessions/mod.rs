@@ -23,7 +23,7 @@ mod shell;
 mod terminal;
 
 pub use crate::sandbox::{Exit, TerminalSize, Usage as Measured};
-pub use run::{Ending, Observer, Progress, Run};
+pub use run::{Ending, KnownCalls, Observer, Progress, Run};
 pub use session::{Ended, Parked, Session, SessionError, Wanted};
 pub use terminal::{MAX_TERMINALS, Terminal, TerminalError, Terminals};
 

@@ -4,7 +4,11 @@
 //! the wish to end it. It never waits for one of them alone for long, and its end never depends on OpenCode
 //! agreeing to it: what happens to the process after that is the caller's ([`super::Session::end`]).
 
+mod again;
 mod changes;
+mod limits;
+
+pub use again::KnownCalls;
 
 use super::egress;
 use super::session::Session;
@@ -19,10 +23,12 @@ use crate::opencode::client::{Client, ClientError, EventStream, Prompt};
 use crate::opencode::outcome::{Evidence, Failure, ModelEvidence, Verdict, decide, decide_at_last};
 use crate::opencode::translate::{Signal, Step, Translator};
 use crate::opencode::wire::{MessageInfo, RawEvent};
-use crate::sandbox::{Added, Disk, ProcessHandle, Resource, ResourceEvents};
+use crate::sandbox::Resource;
 use crate::telemetry::ModelCallOutcome;
+use again::Again;
 use chrono::Utc;
 use futures_util::stream::{FuturesUnordered, StreamExt};
+use limits::{disk_exhausted, disk_full, felt};
 use serde_json::json;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -32,8 +38,6 @@ use tokio_util::sync::CancellationToken;
 const TICK: Duration = Duration::from_secs(1);
 /// How long an idle OpenCode may take to complete its last message, and one whose calls are refused to become idle.
 const SETTLE: Duration = Duration::from_secs(5);
-/// How long no limit is spoken of after one was.
-const QUIET: Duration = Duration::from_secs(1);
 /// How many shell commands of one run may send output at the same time.
 const MAX_SHELLS: usize = 64;
 
@@ -72,9 +76,9 @@ pub struct Ending {
 pub struct Run<'a> {
     pub task: &'a Task,
     pub title: &'a str,
-    /// What the agent is told instead of the task where it has got that already: in an earlier life of the sidecar, which
-    /// the session's conversation is of.
-    pub again: Option<&'a str>,
+    /// Where the session's conversation is of an earlier life of the sidecar: what that one's log has. An agent that has got
+    /// the task already is told what was cut off instead.
+    pub again: Option<&'a KnownCalls>,
     pub writer: &'a Writer,
     pub observer: &'a dyn Observer,
     /// Told when somebody wants the end; the run stops at once and the reason is theirs.
@@ -140,11 +144,19 @@ impl Run<'_> {
             Some(conversation) => conversation.clone(),
             None => session.client.create_session(self.title).await.map_err(unresponsive)?,
         };
-        let before = last_message(&session.client, &conversation).await.map_err(unresponsive)?.map(|info| info.id);
+        let messages = session.client.messages(&conversation).await.map_err(unresponsive)?;
+        let before = messages.last().map(|message| message.info.id.clone());
         let text = match (self.again, &before) {
-            (Some(again), Some(_)) => again.to_owned(),
+            (Some(known), Some(_)) => {
+                let Again { events, text } = known.again(&messages);
+                for event in events {
+                    self.writer.append(event).await;
+                }
+                text
+            }
             _ => self.task.prompt_text(),
         };
+        drop(messages);
         failpoint::pass("run-conversation");
         if self.task.on_restart == OnRestart::Resume {
             // Before the prompt: without it a later life would take the task for one that was never begun.
@@ -223,27 +235,6 @@ async fn crashed(session: &Session, how: &str) -> Failure {
             Failure::new(Reason::OpencodeCrashed, "opencode_crashed", message)
         }
     }
-}
-
-/// Waits until more was felt than is known; not sooner than a moment after the last time.
-async fn felt(process: &ProcessHandle, known: ResourceEvents, quiet_until: &mut Instant) -> ResourceEvents {
-    tokio::time::sleep_until(*quiet_until).await;
-    let events = process.resource_events_beyond(known).await;
-    *quiet_until = Instant::now() + QUIET;
-    events
-}
-
-async fn disk_exhausted(disk: Option<&Disk>) -> Added {
-    match disk {
-        Some(disk) => disk.exhausted().await,
-        None => std::future::pending().await,
-    }
-}
-
-fn disk_full(task: &Task, added: u64) -> Failure {
-    let limit = task.limits.disk_bytes.unwrap_or_default();
-    let message = format!("The session has added {added} bytes to the disk; it may add {limit}.");
-    Failure::new(Reason::DiskExhausted, "disk_exhausted", message)
 }
 
 fn unresponsive(message: String) -> Failure {
@@ -359,7 +350,7 @@ impl<'a> State<'a> {
                     None
                 }
                 events = felt(&process, known, &mut quiet_until) => {
-                    self.felt(known, events).await;
+                    self.tell_felt(known, events).await;
                     known = events;
                     None
                 }
@@ -381,27 +372,6 @@ impl<'a> State<'a> {
             if let Some(result) = step {
                 break Some(result);
             }
-        }
-    }
-
-    /// A limit was felt by something that the agent had started: it is said, and the run goes on.
-    async fn felt(&self, before: ResourceEvents, now: ResourceEvents) {
-        let remarks = [
-            (
-                now.oom_kills.saturating_sub(before.oom_kills),
-                "oom_kill",
-                "The session's memory was used up, and the kernel ended a process in it.",
-            ),
-            (
-                now.forks_refused.saturating_sub(before.forks_refused),
-                "fork_refused",
-                "The session has as many processes as it may: a new one was refused.",
-            ),
-        ];
-        for (count, code, message) in remarks.into_iter().filter(|(count, ..)| *count > 0) {
-            let mut remark = NewEvent::log(Severity::Warn, code, message);
-            remark.data["count"] = json!(count);
-            self.run.writer.append(remark).await;
         }
     }
 
@@ -433,6 +403,9 @@ impl<'a> State<'a> {
         });
         if event.session_id().is_some() {
             self.last_sign = Instant::now();
+        }
+        if events.iter().any(|event| event.kind == EventType::ToolCall) {
+            failpoint::pass("run-call");
         }
         self.write(events).await;
         if let Some((call_id, command)) = shell_started {

@@ -30,6 +30,7 @@ const RUN: &[&str] = &[
     "run-unprompted:2",
     "run-prompted",
     "run-prompted:2",
+    "run-call",
     "run-over",
     "end-begun",
     "end-queued",

@@ -215,6 +215,31 @@ async fn what_is_to_be_resumed_goes_on_after_a_sigterm() {
     goes_on_where_it_was(Signal::SIGTERM).await;
 }
 
+/// OpenCode writes a call down before it tells of it: here the sidecar ends in between.
+#[tokio::test]
+async fn a_call_that_only_the_conversation_has_is_told_as_cut_off() {
+    let world = World::new().await;
+    let sidecar = world.start(&[("OPENCODE_SIDECAR_FAILPOINT", "run-call:2")]).await;
+    let script = Script::new().bash("echo before").bash("sleep 600; echo never").text("all done");
+    let id = sidecar.submit_with(&script, json!({ "on_restart": "resume" })).await;
+    assert_eq!(sidecar.exited().await.signal, Some(9));
+
+    let sidecar = world.start(&[]).await;
+    let events = sidecar.follow(&id).await;
+    assert_eq!(events.last().unwrap()["data"]["final_message"], "all done", "{events:#?}");
+    let of_kind = |kind: &str| -> Vec<_> { events.iter().filter(|e| e["type"] == kind).map(|e| &e["data"]).collect() };
+    let (calls, results) = (of_kind("tool_call"), of_kind("tool_result"));
+    assert_eq!((calls.len(), results.len()), (2, 2), "{events:#?}");
+    assert_eq!(calls[1]["args"]["command"], "sleep 600; echo never");
+    assert_eq!(results[1]["call_id"], calls[1]["call_id"]);
+    assert_eq!((&results[0]["error"], &results[1]["error"]), (&json!(null), &json!("interrupted")));
+    let asked = String::from_utf8(world.model.requests().pop().unwrap().body.to_vec()).unwrap();
+    let (_, told) = asked.split_once("They have not been run again").unwrap();
+    assert!(told.contains("sleep 600; echo never"), "{told}");
+    assert!(!told.contains("echo before"), "{told}");
+    sidecar.stop().await;
+}
+
 #[tokio::test]
 async fn what_takes_the_sidecar_with_it_is_not_resumed_for_ever_and_what_is_cancelled_is_not_resumed() {
     let world = World::new().await;
