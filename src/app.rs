@@ -216,12 +216,15 @@ impl StateDir {
             File::options().create(true).read(true).write(true).truncate(false).mode(0o600).open(path.join(name))
         };
         let lock = open("lock").map_err(failed)?;
-        let begun = Instant::now();
+        let (begun, mut told) = (Instant::now(), false);
         loop {
             match lock.try_lock() {
                 Ok(()) => break,
                 // Of a sidecar that was killed, a child between its fork and its exec may hold it for a moment longer.
                 Err(std::fs::TryLockError::WouldBlock) if begun.elapsed() < LOCK_PATIENCE => {
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::info!(path = %path.display(), "the state directory is locked; waiting a moment for it");
+                    }
                     std::thread::sleep(Duration::from_millis(10));
                 }
                 Err(std::fs::TryLockError::WouldBlock) => return Err(StartError::Locked(path.to_path_buf())),

@@ -54,6 +54,17 @@ pub(crate) struct Ran {
 impl Sidecar {
     /// Starts it and waits until it is ready. Without `database` it has its embedded Postgres in `state`.
     pub(crate) async fn start(world: &World, state: &Path, warm: usize, database: Option<&SecretString>) -> Self {
+        Self::start_with(world, state, warm, database, &[]).await
+    }
+
+    /// The same with more variables.
+    pub(crate) async fn start_with(
+        world: &World,
+        state: &Path,
+        warm: usize,
+        database: Option<&SecretString>,
+        more: &[(&str, &str)],
+    ) -> Self {
         let secret = random_token().unwrap();
         let workspace = state.join("workspace");
         let mut spec = Spec::new("sidecar", PathBuf::from(env!("CARGO_BIN_EXE_opencode-sidecar")));
@@ -75,6 +86,7 @@ impl Sidecar {
             ("WARM_POOL_SIZE", warm.to_string().into()),
         ];
         spec.env = set.into_iter().map(|(name, value)| (name.into(), value)).collect();
+        spec.env.extend(more.iter().map(|(name, value)| (name.into(), value.into())));
         for name in ["OPENCODE_SIDECAR_POSTGRES_BIN", "MALLOC_ARENA_MAX"] {
             spec.env.extend(std::env::var_os(name).map(|value| (name.into(), value)));
         }

@@ -91,9 +91,10 @@ async fn what_is_named_is_reached_and_the_log_says_what_was_refused() {
     let world = World::new().await;
     let outside = Outside::new().await;
     outside.file("hello", "hello from outside\n");
-    let address = &outside.site.address;
+    let (address, name) = (&outside.site.address, &outside.site.name);
     let probe = format!(
         "curl -sS https://{address}/hello\n\
+         curl -sS --noproxy '' https://{name}/hello\n\
          curl -sS https://not.named.example/ || echo \"refused $?\"\n\
          curl -sS https://not.named.example/ || echo \"again $?\"\n\
          curl -sS http://plain.example/\n\
@@ -107,18 +108,21 @@ async fn what_is_named_is_reached_and_the_log_says_what_was_refused() {
             .tool("webfetch", json!({ "url": format!("https://{address}/hello"), "format": "text" }))
             .text("done")
     };
-    let sidecar = outside.sidecar(&world, address, &[]).await;
+    let sidecar = outside.sidecar(&world, &format!("{address},{name}"), &[]).await;
     let ready = sidecar.get("/ready").await["checks"]["sandbox"].clone();
     assert_eq!(ready["status"], "ok", "{ready}");
     let detail = ready["detail"].as_str().unwrap();
-    assert!(detail.ends_with("EGRESS_ALLOW opens other hosts (entries: 1)"), "{detail}");
+    assert!(detail.ends_with("EGRESS_ALLOW opens other hosts (entries: 2)"), "{detail}");
     let events = sidecar.follow(&sidecar.submit(&script()).await).await;
     assert_eq!(events.last().unwrap()["data"]["status"], "completed", "{events:#?}");
     let (said, errors) = (text_of(&events, "stdout"), text_of(&events, "stderr"));
     // 56: the proxy says no; 7: there is no connection.
     let lines: Vec<_> = said.lines().collect();
-    let [hello, refused, again, plain, directly, stranger] = lines[..] else { unreachable!("{said} {errors}") };
-    assert_eq!([hello, refused, again], ["hello from outside", "refused 56", "again 56"], "{errors}");
+    let [hello, by_name, refused, again, plain, directly, stranger] = lines[..] else {
+        unreachable!("{said} {errors}")
+    };
+    let wanted = ["hello from outside", "hello from outside", "refused 56", "again 56"];
+    assert_eq!([hello, by_name, refused, again], wanted, "{errors}");
     assert!(plain.contains("only https is let out") && plain.contains(address.as_str()), "{plain}");
     assert_eq!([directly, stranger], ["directly 7", "stranger 56"], "{errors}");
     assert_eq!(
@@ -134,9 +138,9 @@ async fn what_is_named_is_reached_and_the_log_says_what_was_refused() {
     // OpenCode's own tools go the same way.
     let fetched = events.iter().rfind(|event| event["type"] == "tool_result").unwrap();
     assert!(fetched["data"]["result"].to_string().contains("hello from outside"), "{fetched}");
-    assert_eq!(outside.site.connections(), 2, "nobody came directly");
+    assert_eq!(outside.site.connections(), 3, "nobody came directly");
     let metrics = sidecar.http.get(format!("{}/metrics", sidecar.base)).send().await.unwrap().text().await.unwrap();
-    for line in ["egress_total{outcome=\"opened\"} 2", "egress_total{outcome=\"refused\"} 4"] {
+    for line in ["egress_total{outcome=\"opened\"} 3", "egress_total{outcome=\"refused\"} 4"] {
         assert!(metrics.lines().any(|l| l == format!("opencode_sidecar_{line}")), "{line}\n{metrics}");
     }
     sidecar.stop().await;
@@ -150,7 +154,7 @@ async fn what_is_named_is_reached_and_the_log_says_what_was_refused() {
     let told = refusals(&events);
     assert!(told.contains(&format!("{address} not_allowed 1")), "{told:?}");
     assert!(told.contains(&"not.named.example:443 not_allowed 1".to_owned()), "{told:?}");
-    assert_eq!(outside.site.connections(), 2);
+    assert_eq!(outside.site.connections(), 3);
     sidecar.stop().await;
 }
 

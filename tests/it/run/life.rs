@@ -1,9 +1,13 @@
 //! The sidecar's own life: its end, its sudden end, and its start after either.
 
 use crate::support::sidecar::{Sidecar, World, assert_log, frame, runs, soon, text_of};
+use opencode_sidecar::app::StateDir;
 use opencode_sidecar::sandbox::Signal;
 use opencode_sidecar::scripted::Script;
 use serde_json::{Value, json};
+use std::fs::File;
+use std::io;
+use std::sync::Mutex;
 
 fn long(mark: &str) -> Script {
     Script::new().bash(&format!("echo on; (setsid sleep {mark} &); sleep {mark}")).text("never reached")
@@ -102,6 +106,28 @@ async fn what_cannot_start_says_why() {
     assert!(!log.contains("s3cret-value") && !log.contains("maybe"), "{log}");
     let log = world.start_in_vain(&[("OPENCODE_COMMAND", "/nonexistent/opencode")]).await;
     assert!(log.contains("OPENCODE_COMMAND"), "{log}");
+}
+
+/// As by a child of a sidecar that was killed, which is about to become another program.
+#[test]
+fn a_state_directory_that_is_about_to_be_free_is_waited_for() {
+    /// Gives the lock back once its owner's rival says anything.
+    struct Until(Option<File>);
+    impl io::Write for Until {
+        fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+            drop(self.0.take());
+            Ok(line.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let lock = File::create(directory.path().join("lock")).unwrap();
+    lock.lock().unwrap();
+    let log = tracing_subscriber::fmt().with_writer(Mutex::new(Until(Some(lock)))).finish();
+    let opened = tracing::subscriber::with_default(log, || StateDir::open(directory.path()));
+    assert!(opened.is_ok(), "{:?}", opened.err());
 }
 
 #[tokio::test]

@@ -23,6 +23,8 @@ const HOST: &str = "127.0.0.2";
 pub(crate) struct Site {
     /// `127.0.0.2:PORT`
     pub(crate) address: String,
+    /// The same files under a name, `localhost:PORT`. Tools take it for their neighbour, unless they are told otherwise.
+    pub(crate) name: String,
     /// The certificate of the CA.
     pub(crate) roots: String,
     /// How many connections have come.
@@ -57,10 +59,17 @@ pub(crate) async fn serve(tasks: &Tasks, directory: &Path) -> Site {
 
     let listener = TcpListener::bind((HOST, 0)).await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
+    let named = TcpListener::bind("localhost:0").await.unwrap();
+    let name = format!("localhost:{}", named.local_addr().unwrap().port());
     let (stop, spawner, directory) = (tasks.shutdown_token().clone(), tasks.clone(), directory.to_owned());
     let (count, connections) = watch::channel(0);
     let accept = async move {
-        while let Ok((stream, _)) = listener.accept().await {
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                accepted = named.accept() => accepted,
+            };
+            let Ok((stream, _)) = accepted else { break };
             count.send_modify(|count| *count += 1);
             let (acceptor, directory) = (acceptor.clone(), directory.clone());
             spawner.spawn("a connection of the site", async move {
@@ -82,7 +91,7 @@ pub(crate) async fn serve(tasks: &Tasks, directory: &Path) -> Site {
             () = accept => {}
         }
     });
-    Site { address, roots, connections }
+    Site { address, name, roots, connections }
 }
 
 fn file(directory: &Path, request: &Request<Incoming>) -> Response<Full<Bytes>> {
