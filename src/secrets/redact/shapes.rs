@@ -126,6 +126,14 @@ struct Shape {
     least: usize,
 }
 
+impl Shape {
+    /// Whether it may begin at `at`, by what stands before.
+    fn may_begin(&self, bytes: &[u8], at: usize) -> bool {
+        // No word has an armour's dashes in its middle.
+        self.kind == PEM || stands_alone(bytes, at)
+    }
+}
+
 const fn shape(kind: &'static str, begins: &'static str, body: Body, least: usize) -> Shape {
     Shape { kind, begins, body, least }
 }
@@ -213,7 +221,8 @@ pub(super) fn find(text: &str, from: usize, whole: bool) -> Found {
     let (bytes, longest) = (text.as_bytes(), SHAPES.iter().map(|shape| shape.begins.len()).max().unwrap_or(0));
     let begins = |at: &usize| {
         let end = &bytes[*at..];
-        SHAPES.iter().any(|shape| shape.begins.as_bytes().starts_with(end)) && stands_alone(bytes, *at)
+        let begins = |shape: &Shape| shape.begins.as_bytes().starts_with(end);
+        SHAPES.iter().any(|shape| begins(shape) && shape.may_begin(bytes, *at))
     };
     let earliest = (bytes.len() + 1).saturating_sub(longest).max(at.min(bytes.len()));
     let latest = bytes.len().saturating_sub(super::MIN_BEGINNING - 1);
@@ -223,11 +232,11 @@ pub(super) fn find(text: &str, from: usize, whole: bool) -> Found {
 /// What it is that begins at `at`, and whose beginning ends at `end`.
 fn follow(shape: &Shape, text: &str, at: usize, end: usize, whole: bool) -> Found {
     let bytes = text.as_bytes();
+    if !shape.may_begin(bytes, at) {
+        return Found::Nothing;
+    }
     if shape.kind == PEM {
         return private_key(text, at, end, whole);
-    }
-    if !stands_alone(bytes, at) {
-        return Found::Nothing;
     }
     if shape.kind == JWT {
         return signed_token(text, at, end, whole);

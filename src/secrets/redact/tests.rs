@@ -186,8 +186,11 @@ fn without_first_characters(text: &str, secret: &str) -> String {
 #[test]
 fn a_secret_that_is_cut_in_two_is_found_wherever_it_is_cut() {
     let redactor = all();
-    for (_, secret) in samples().into_iter().chain([("", OWN.to_owned())]) {
-        let text = format!("before {secret}\" after");
+    let samples = || samples().into_iter().chain([("own", OWN.to_owned())]);
+    let in_word =
+        samples().filter(|(begins, _)| ["own", "-----BEGIN "].contains(begins)).map(|(_, secret)| ("word", secret));
+    for (before, secret) in samples().map(|(_, secret)| ("before ", secret)).chain(in_word) {
+        let text = format!("{before}{secret}\" after");
         let whole = redactor.clean(&text).unwrap();
         for at in 0..=text.len() {
             let cleaned = in_pieces(&redactor, &[&text[..at], &text[at..]]);
