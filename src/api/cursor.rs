@@ -30,11 +30,13 @@ pub(crate) struct Cursor {
     executions: Executions,
     id: ExecutionId,
     after: u64,
+    /// The last event of an execution that has ended was given out: nobody has to be asked for more.
+    is_over: bool,
 }
 
 impl Cursor {
     pub(crate) fn new(executions: Executions, id: ExecutionId, after: u64) -> Self {
-        Self { executions, id, after }
+        Self { executions, id, after, is_over: false }
     }
 
     /// Whether the place is beyond the log's end: what it was read from is not this log. The cursor goes back to the
@@ -50,6 +52,9 @@ impl Cursor {
     /// Waits for what comes next. May be dropped while it waits: nothing is lost, since only what is returned moves
     /// the cursor.
     pub(crate) async fn next(&mut self) -> Result<Next, StoreError> {
+        if self.is_over {
+            return Ok(Next::End);
+        }
         let events = self.executions.events().clone();
         loop {
             let (last_seq, ended) = match events.head(self.id) {
@@ -79,6 +84,7 @@ impl Cursor {
                 let page = events.read(self.id, last_seq, &query).await?;
                 if let Some(last) = page.events.last() {
                     self.after = last.seq;
+                    self.is_over = ended && last.seq >= last_seq;
                     return Ok(Next::Events(page.events));
                 }
                 // Deleted between the two looks.
