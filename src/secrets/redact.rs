@@ -177,7 +177,8 @@ impl Scanner {
             while !text.is_char_boundary(from) {
                 from += 1;
             }
-            match redactor.find(&text, from, whole) {
+            // What follows a secret stands for itself, as it does where the secret was given out before.
+            match redactor.find(&text[secret_until..], from - secret_until, whole).moved(secret_until) {
                 Found::Nothing => {
                     cleaned.text.push_str(&text[done..]);
                     done = text.len();

@@ -31,6 +31,15 @@ impl Found {
             Self::Undecided { at } | Self::Secret { at, .. } => Some(*at),
         }
     }
+
+    /// The same in a text that begins so many bytes earlier.
+    pub(super) fn moved(self, by: usize) -> Self {
+        match self {
+            Self::Nothing => Self::Nothing,
+            Self::Undecided { at } => Self::Undecided { at: at + by },
+            Self::Secret { at, until, kind, rest } => Self::Secret { at: at + by, until: until + by, kind, rest },
+        }
+    }
 }
 
 /// What is still to come of a secret.

@@ -211,6 +211,18 @@ fn a_secret_that_is_cut_in_two_is_found_wherever_it_is_cut() {
     }
 }
 
+/// The second one stands behind a character that is no part of the text any more.
+#[test]
+fn a_secret_right_after_another_is_found_wherever_it_is_cut() {
+    let redactor = all();
+    let text = format!("{OWN}Bearer {}", "aB3dE6gH9jK2mN5pQ8rS1tU4");
+    let whole = redactor.clean(&text).unwrap();
+    assert_eq!(whole.text, "[redacted: the session's key]Bearer [redacted: a bearer token]");
+    for at in 0..=text.len() {
+        assert_eq!(in_pieces(&redactor, &[&text[..at], &text[at..]]).found, whole.found, "cut at {at}");
+    }
+}
+
 #[test]
 fn what_cannot_be_one_is_not_held_back() {
     let redactor = all();
