@@ -20,6 +20,8 @@ use utoipa_axum::router::OpenApiRouter;
 const BEARER: &str = "bearer";
 /// The name of the error response that each operation refers to.
 const PROBLEM: &str = "Problem";
+/// The name of the answer to a head that is too large.
+const HEAD_TOO_LARGE: &str = "HeadTooLarge";
 
 /// All routes beside the probes, by what the edge does for them. States are filled in.
 #[derive(Default)]
@@ -69,6 +71,8 @@ fn frame() -> OpenApi {
         .content("application/problem+json", ContentBuilder::new().schema(Some(problem)).build())
         .build();
     components.responses.insert(PROBLEM.to_owned(), RefOr::T(response));
+    let bare = ResponseBuilder::new().description("The request's line and headers are too large. There is no body");
+    components.responses.insert(HEAD_TOO_LARGE.to_owned(), RefOr::T(bare.build()));
     OpenApiBuilder::new().info(info).servers(Some([server])).components(Some(components)).build()
 }
 
@@ -84,6 +88,9 @@ fn complete(mut document: OpenApi, secured: bool) -> OpenApi {
     for operation in document.paths.paths.values_mut().flat_map(operations) {
         let responses = &mut operation.responses.responses;
         responses.entry("default".to_owned()).or_insert_with(problem);
+        // By who reads requests, before anybody looks at them.
+        let bare = || RefOr::Ref(Ref::from_response_name(HEAD_TOO_LARGE));
+        responses.entry("431".to_owned()).or_insert_with(bare);
         if secured {
             for status in ["401", "403"] {
                 responses.entry(status.to_owned()).or_insert_with(problem);
