@@ -235,6 +235,7 @@ async fn a_replay_needs_no_database() {
     let body = task(&Script::new().text("done"));
     let first = send(&sidecar, "away", &body).await;
     sidecar.finished(first.id()).await;
+    sidecar.shipped().await;
 
     let url = url::Url::parse(world.database().url.expose_secret()).unwrap();
     let name = url.path().trim_start_matches('/').to_owned();

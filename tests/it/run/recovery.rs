@@ -437,28 +437,17 @@ async fn what_is_deleted_while_the_database_is_away_is_gone_after_a_restart() {
     let running = sidecar.submit(&gated(&world, "first").text("never")).await;
     works(&sidecar, &running).await;
     let deleted = sidecar.submit(&Script::new().text("never")).await;
-    is_shipped(&sidecar).await;
+    sidecar.shipped().await;
     proxy.cut();
     let (status, refused) = sidecar.send(Method::DELETE, &format!("/tasks/{deleted}"), None).await;
     assert_eq!(status, 503, "{refused}");
     kill(sidecar).await;
     proxy.mend();
     let mut sidecar = world.start(&setting).await;
-    is_shipped(&sidecar).await;
+    sidecar.shipped().await;
     assert_eq!(sidecar.send(Method::GET, &format!("/tasks/{deleted}"), None).await.0, 404);
     assert_eq!(sidecar.get("/tasks").await["executions"].as_array().unwrap().len(), 1);
     let log = sidecar.log_so_far().join("\n");
     assert!(!log.contains("the database refuses a batch") && !log.contains("nobody runs"), "{log}");
     sidecar.stop().await;
-}
-
-async fn is_shipped(sidecar: &Sidecar) {
-    soon("it is shipped", async {
-        while !sidecar.get("/ready").await["checks"]["journal"]["detail"]
-            .as_str()
-            .unwrap()
-            .contains(" 0 events to ship")
-        {}
-    })
-    .await;
 }

@@ -398,6 +398,19 @@ impl Sidecar {
         self.tasks.shutdown_token().cancel();
     }
 
+    /// Waits until the database has everything that was told: what has ended is known to it alone then.
+    pub(crate) async fn shipped(&self) {
+        soon("it is shipped", async {
+            loop {
+                let ready = self.get("/ready").await;
+                if ready["checks"]["journal"]["detail"].as_str().unwrap().contains(" 0 events to ship") {
+                    return;
+                }
+            }
+        })
+        .await;
+    }
+
     /// Every process below the sidecar, as `pid name`.
     pub(crate) fn descendants(&self) -> Vec<String> {
         descendants(self.pid())
