@@ -102,6 +102,8 @@ pub(super) async fn fill(sessions: Sessions, wanted: Wanted) {
                     }
                     continue;
                 }
+                // Called off.
+                Err(_) if shutdown.is_cancelled() => return,
                 Err(error) => {
                     tracing::error!(error = &error as &dyn std::error::Error, "a warm session did not start");
                     pause = PAUSE;

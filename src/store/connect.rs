@@ -179,9 +179,7 @@ impl Store {
     /// [`StoreError::Unavailable`] or [`StoreError::Refused`] where it does not.
     pub async fn ping(&self) -> Result<(), StoreError> {
         let answer = self.insist(async |connection: &mut PgConnection| Ok(connection.execute("SELECT 1").await?));
-        answer.await?;
-        self.set_away(false);
-        Ok(())
+        answer.await.map(drop)
     }
 
     /// Looks now and then whether it answers, until this is dropped. While it does not, whoever wants to read from it
@@ -242,7 +240,7 @@ impl Store {
         }
     }
 
-    /// The same, whatever is known.
+    /// The same, whatever is known; and where it answers it is there.
     pub(super) async fn insist<T>(
         &self,
         work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, StoreError>,
@@ -254,6 +252,10 @@ impl Store {
         match tokio::time::timeout(OPERATION_LIMIT, work(lease.connection.deref_mut())).await {
             Ok(done) => {
                 lease.answered = true;
+                if done.is_ok() {
+                    // Known at once, and not only at the next look: who ships is the first to see it come back.
+                    self.set_away(false);
+                }
                 done
             }
             Err(_) => Err(StoreError::timeout(OPERATION_LIMIT)),

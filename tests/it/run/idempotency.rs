@@ -265,6 +265,11 @@ async fn a_replay_needs_no_database() {
     assert_eq!(send_with(&sidecar, &waits, body.to_string()).await, first.again());
     assert_eq!(send(&sidecar, "away", &task(&Script::new().text("x"))).await.status, 409);
     rename(&mut operator, &away, &name).await;
+    // The sidecar may have seen it away, and looks again now and then.
+    soon("the database is back", async {
+        while sidecar.send(Method::GET, &format!("/tasks/{}", first.id()), None).await.0 == 503 {}
+    })
+    .await;
     assert_eq!(sidecar.finished(first.id()).await["status"], "completed");
     sidecar.stop().await;
 }
