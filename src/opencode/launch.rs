@@ -5,7 +5,7 @@
 
 use super::profile::Directories;
 use crate::sandbox::confine::{Confinement, Namespace, Protection};
-use crate::sandbox::{Limits, Process, RefusedConnects, Sandbox, Signal, Spec, StartError, User};
+use crate::sandbox::{Limits, MOST_OOM_SCORE_ADJ, Process, RefusedConnects, Sandbox, Signal, Spec, StartError, User};
 use crate::tasks::Tasks;
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -183,8 +183,7 @@ async fn launch_once(sandbox: &Sandbox, tasks: &Tasks, ports: &Ports, launch: &L
         user: launch.user,
         stop_signal: Signal::Term,
         stop_grace: Duration::ZERO,
-        // When memory runs out, the kernel is to take the agent and not the sidecar.
-        oom_score_adj: Some(1000),
+        oom_score_adj: Some(oom_score_adj()),
         // The workspace is shared by its group (see `workspace`); what is the session's own has modes of its own.
         umask: Some(0o002),
         confinement,
@@ -239,6 +238,13 @@ async fn launch_once(sandbox: &Sandbox, tasks: &Tasks, ports: &Ports, launch: &L
         tracing::error!(?left, "a process that did not start could not be ended");
     }
     Err(error)
+}
+
+/// When memory runs out, the kernel is to take a command of the agent's first (see [`MOST_OOM_SCORE_ADJ`]), then the
+/// agent, and the sidecar last: so the agent is half way between the two.
+fn oom_score_adj() -> i32 {
+    let own = std::fs::read_to_string("/proc/self/oom_score_adj").ok().and_then(|text| text.trim().parse().ok());
+    i32::midpoint(own.unwrap_or_default(), MOST_OOM_SCORE_ADJ)
 }
 
 /// Reads a pipe to its end, whatever happens: a full pipe would stop the process.

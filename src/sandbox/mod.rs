@@ -175,6 +175,10 @@ async fn capture(stream: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> 
     Ok(kept)
 }
 
+/// The `oom_score_adj` of what the kernel ends first when memory runs out: the commands that a confined program runs by
+/// the shell tap have it.
+pub const MOST_OOM_SCORE_ADJ: i32 = 1000;
+
 /// A program to start.
 #[derive(Clone)]
 pub struct Spec {
@@ -195,7 +199,7 @@ pub struct Spec {
     pub stop_signal: Signal,
     /// How long it may take over that before it is killed. At most an hour.
     pub stop_grace: Duration,
-    /// How readily the kernel kills it when memory runs out, -1000 to 1000; less than the sidecar's own needs root.
+    /// How readily the kernel kills it when memory runs out, -1000 to [`MOST_OOM_SCORE_ADJ`]; less than the sidecar's own needs root.
     pub oom_score_adj: Option<i32>,
     /// The permissions that files it makes lack, such as `0o022`; without one, the sidecar's own.
     pub umask: Option<u32>,

@@ -7,6 +7,7 @@
 
 mod terminal;
 
+use crate::support::panics;
 use nix::sys::signal::{Signal as Raw, kill};
 use nix::unistd::Pid;
 use opencode_sidecar::sandbox::{Exit, Process, RunError, Sandbox, Signal, Spec, StartError};
@@ -27,6 +28,7 @@ pub(crate) struct Bench {
 
 impl Bench {
     pub(crate) fn new() -> Self {
+        panics::are_said_at_once();
         let tasks = Tasks::new();
         let sandbox = Sandbox::new(PathBuf::from(env!("CARGO_BIN_EXE_opencode-sidecar")), tasks.clone()).unwrap();
         Self { sandbox, tasks, mark: uuid::Uuid::new_v4().to_string() }

@@ -14,7 +14,8 @@
 //! answer is given when the kernel has one.
 //!
 //! A connect to [`ASIDE`] is no connect: with it the shell tap asks to be moved to the tools' part of its control group,
-//! where less may be done than outside of it, so everyone may ask. The gate is the one that may move it.
+//! and to be what the kernel ends first when memory runs out. Less may be done there than outside of it, so everyone
+//! may ask. The gate is the one that may do it.
 //!
 //! A connect that it refuses is counted, and told to the sidecar (see [`Refused`]).
 //!
@@ -22,10 +23,12 @@
 
 use super::Network;
 use super::refused::Refused;
+use crate::sandbox::MOST_OOM_SCORE_ADJ;
 use crate::sandbox::cgroup::Layout;
 use nix::libc::{self, seccomp_notif, seccomp_notif_addfd, seccomp_notif_resp};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::setfsuid;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::{Errno, Result};
 use rustix::net::{self, ipproto, sockopt};
@@ -38,7 +41,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 /// Where nothing can listen.
 const ASIDE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
-/// Asks for what this process will start to be counted with the tools. Wherever nothing counts them, it does nothing.
+/// Asks for what this process will start to be counted with the tools, and to be ended before the program when memory
+/// runs out. Without a gate it does nothing.
 pub(in crate::sandbox) fn step_aside() {
     // Refused in any case.
     let _ = std::net::TcpStream::connect(ASIDE);
@@ -174,6 +178,7 @@ impl Gate {
                 if let Some(group) = &self.group {
                     let _ = group.move_to_tools(thread);
                 }
+                self.first_to_end(thread);
                 Err(Errno::CONNREFUSED)
             }
             libc::SYS_connect => self.connect(call, socket, address),
@@ -225,6 +230,15 @@ impl Gate {
         set_thread_res_uid(own_uid, None, None)?;
         set_thread_res_gid(own_gid, None, None)?;
         result
+    }
+
+    /// Makes a process what the kernel ends first when memory runs out. Else it could be the program: it may be larger
+    /// than each of many tools, and the kernel ends a second process while the first one is still ending.
+    fn first_to_end(&self, process: i32) {
+        // Even root may not write its user's file where it has no CAP_DAC_OVERRIDE.
+        let own = self.user.map(|(uid, _)| setfsuid(nix::unistd::Uid::from_raw(uid)));
+        let _ = std::fs::write(format!("/proc/{process}/oom_score_adj"), MOST_OOM_SCORE_ADJ.to_string());
+        own.map(setfsuid);
     }
 
     fn connect(&mut self, call: &seccomp_notif, socket: OwnedFd, address: SocketAddr) -> Result<Next> {

@@ -3,7 +3,9 @@
 use super::{Grouped, MIB, membership};
 use crate::sandbox::{DEADLINE, jail_of, line};
 use opencode_sidecar::sandbox::confine::Confinement;
-use opencode_sidecar::sandbox::{KillMeans, Limits, Mechanism, Resource, ResourceEvents, User, tap};
+use opencode_sidecar::sandbox::{
+    KillMeans, Limits, MOST_OOM_SCORE_ADJ, Mechanism, Resource, ResourceEvents, User, tap,
+};
 use std::time::Instant;
 
 fn memory(bytes: u64) -> Limits {
@@ -61,7 +63,9 @@ async fn the_program_is_in_its_group_and_the_jail_is_not() {
 #[cfg_attr(not(cgroups), ignore = "control groups cannot be made here")]
 async fn a_tool_that_takes_too_much_memory_dies_alone() {
     let grouped = Grouped::new();
-    let script = format!("(exec sh -c '{}; echo never'); echo tool ended with $?; sleep 1000; :", hog(80));
+    // A tool's score, as the gate gives it: while its end takes its time, the kernel ends a second process.
+    let tool = format!("echo {MOST_OOM_SCORE_ADJ} >/proc/self/oom_score_adj; exec sh -c '{}; echo never'", hog(80));
+    let script = format!("({tool}); echo tool ended with $?; sleep 1000; :");
     let mut process = grouped.start(&script, memory(32 * MIB)).await;
     let events = process.handle().resource_events_beyond(ResourceEvents::default()).await;
     assert!(events.oom_kills >= 1, "{events:?}");
@@ -143,7 +147,7 @@ async fn tools_that_fork_without_end_leave_their_program_some() {
     let bomb = "i=0; while [ $i -lt 100 ]; do sleep 1000 & i=$((i+1)); done";
     // The program itself fails in the end, which is nothing that the tools' limit did to it.
     let script = format!(
-        "{0} -c 'cat /proc/self/cgroup' >tool; cat /proc/self/cgroup >own; {0} -c '{bomb}' 2>/dev/null; \
+        "{0} -c 'cat /proc/self/cgroup /proc/self/oom_score_adj' >tool; cat /proc/self/cgroup >own; {0} -c '{bomb}' 2>/dev/null; \
          for i in 1 2 3 4 5 6; do sleep 1000 & done; echo ready; read x; exit 3",
         tap.display()
     );
@@ -165,6 +169,7 @@ async fn tools_that_fork_without_end_leave_their_program_some() {
     assert_eq!(gone.exhausted, None, "{gone:?}");
     let read = |name: &str| std::fs::read_to_string(directory.path().join(name)).unwrap();
     let (tool, own) = (read("tool"), read("own"));
+    assert!(tool.ends_with(&format!("\n{MOST_OOM_SCORE_ADJ}\n")), "{tool}");
     assert!(tool.contains("/test-1/tools") && own.contains("/test-1") && !own.contains("tools"), "{tool}{own}");
     grouped.nothing_is_left().await;
 }

@@ -310,9 +310,11 @@ async fn four_capabilities_are_enough() {
     assert!(status.contains("CapEff:\t00000000000000e1\n"), "{status}");
     let hide = |more: &str| running(&world, "hide.sh", &format!("{HIDE}; id -u; {more}"));
 
-    let fine = sidecar.submit(&hide("git init -q x").text("done")).await;
+    // What runs now is ended before OpenCode when memory runs out.
+    let fine = sidecar.submit(&hide("git init -q x; cat /proc/self/oom_score_adj").text("done")).await;
     let record = sidecar.finished(&fine).await;
     assert_eq!(record["status"], "completed", "{record:#}");
+    assert!(text_of(&sidecar.follow(&fine).await, "stdout").ends_with("\n1000\n"));
     for name in ["uid", "capabilities", "egress", "scope", "landlock_fs"] {
         assert!(names(&record).contains(&name), "{record:#}");
     }

@@ -160,7 +160,12 @@ async fn an_event_stream_of_something_else_and_one_that_is_cut() {
         ids.push(sidecar.submit_with(&Script::new(), json!({ "prompt": Between::prompt(name, &script) })).await);
     }
     let mut sentences = Vec::new();
-    for (id, (name, after, _)) in ids.iter().zip(&faults) {
+    for (id, (name, after, fault)) in ids.iter().zip(&faults) {
+        if matches!(fault, Fault::Cut { .. }) {
+            let seen = |event: &Value| event["type"] == "tool_call" || event["data"]["delta"].is_string();
+            sidecar.stream(id, 0).await.until("what is said before the cut", seen).await;
+            between.cut(name);
+        }
         let events = sidecar.follow(id).await;
         assert_failed(&events, "opencode_unresponsive", "opencode_stream_lost");
         if *after == After::Tool {

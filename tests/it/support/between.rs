@@ -51,7 +51,8 @@ pub(crate) enum Fault {
     Among(String),
     /// These on and on.
     Endless(&'static str),
-    /// The connection ends in the middle of an event: at once without a word, or as TCP does it in good order.
+    /// The connection ends in the middle of an event: at once without a word, or as TCP does it in good order. Only once
+    /// the test says so ([`Between::cut`]): what was said before may else be lost with it.
     Cut { reset: bool },
     /// The answer ends in the middle of an event, as HTTP does it in good order.
     End,
@@ -77,6 +78,8 @@ struct Shared {
     opencodes: Mutex<HashMap<u16, Behind>>,
     /// Calls that hang.
     hanging: watch::Sender<usize>,
+    /// The names of the faults that may cut.
+    cut: watch::Sender<Vec<&'static str>>,
     http: reqwest::Client,
 }
 
@@ -97,6 +100,7 @@ impl Between {
             hang: Mutex::new(hang.iter().copied().collect()),
             opencodes: Mutex::default(),
             hanging: watch::Sender::new(0),
+            cut: watch::Sender::default(),
             http: reqwest::Client::builder().no_proxy().build().unwrap(),
         });
         let (first, listeners) = listen().await;
@@ -138,6 +142,11 @@ impl Between {
         script.to_prompt(&format!("Do what the script says, with the fault {name}."))
     }
 
+    /// Has the fault of this name cut, now or when it comes to it.
+    pub(crate) fn cut(&self, name: &'static str) {
+        self.shared.cut.send_modify(|names| names.push(name));
+    }
+
     /// Waits until so many calls hang.
     pub(crate) async fn hanging(&self, count: usize) {
         soon("a call that hangs", self.shared.hanging.subscribe().wait_for(|hanging| *hanging >= count)).await.unwrap();
@@ -168,8 +177,8 @@ impl Shared {
         look(opencodes.entry(port).or_insert_with(new))
     }
 
-    /// The fault of a port, where this frame is the one after which it begins.
-    fn begins(&self, port: u16, frame: &str) -> Option<Fault> {
+    /// The fault of a port and its name, where this frame is the one after which it begins.
+    fn begins(&self, port: u16, frame: &str) -> Option<(&'static str, Fault)> {
         self.behind(port, |behind| {
             let (_, after, _) = behind.fault.as_ref()?;
             let is_it = match after {
@@ -177,7 +186,7 @@ impl Shared {
                 After::Text => frame.contains(r#""message.part.delta""#),
                 After::Idle => frame.contains(r#""session.idle""#),
             };
-            behind.fault.take_if(|_| is_it).map(|(.., fault)| fault)
+            behind.fault.take_if(|_| is_it).map(|(name, _, fault)| (name, fault))
         })
     }
 
@@ -239,7 +248,7 @@ fn event_stream(shared: Arc<Shared>, port: u16, reset: Arc<AtomicBool>, mut from
             rest.extend_from_slice(&chunk);
             while let Some(end) = rest.windows(2).position(|two| two == b"\n\n") {
                 let frame: Vec<u8> = rest.drain(..end + 2).collect();
-                let fault = shared.begins(port, &String::from_utf8_lossy(&frame));
+                let (name, fault) = shared.begins(port, &String::from_utf8_lossy(&frame)).unzip();
                 if matches!(fault, Some(Fault::Wedge)) {
                     shared.behind(port, |behind| behind.wedged = true);
                 }
@@ -259,10 +268,9 @@ fn event_stream(shared: Arc<Shared>, port: u16, reset: Arc<AtomicBool>, mut from
                         yield data(text.repeat(1_000).into_bytes());
                     },
                     Some(Fault::Cut { reset: by_reset }) => {
-                        reset.store(by_reset, Ordering::SeqCst);
                         yield data(half);
-                        // What was said goes out before the error does away with the connection.
-                        tokio::task::yield_now().await;
+                        let _ = shared.cut.subscribe().wait_for(|names| names.iter().any(|of| Some(*of) == name)).await;
+                        reset.store(by_reset, Ordering::SeqCst);
                         yield Err(io::Error::other("cut by the test"));
                         return;
                     }

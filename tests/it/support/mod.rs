@@ -4,6 +4,7 @@ pub(crate) mod between;
 pub(crate) mod disk;
 pub(crate) mod follower;
 pub(crate) mod mint;
+pub(crate) mod panics;
 pub(crate) mod postgres;
 pub(crate) mod proxy;
 pub(crate) mod server;

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test's own helpers fail like the test")]
 
+use super::panics;
 use super::postgres::{for_everybody, fresh_database, sandbox};
 use super::tls::Authority;
 use futures_util::StreamExt;
@@ -86,6 +87,7 @@ impl World {
 
     /// With a database that is there already.
     pub(crate) async fn with(database: DatabaseOptions) -> Self {
+        panics::are_said_at_once();
         let _ = rustls::crypto::ring::default_provider().install_default();
         let workspace = tempfile::Builder::new().prefix("oc-ws-").tempdir().unwrap();
         let state = tempfile::Builder::new().prefix("oc-st-").tempdir().unwrap();
