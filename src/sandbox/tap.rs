@@ -11,14 +11,14 @@ use super::uplink::Uplink;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{self, SigSet, Signal as Raw, kill};
+use nix::sys::signal::{self, SigSet, Signal as Raw};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd;
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 
@@ -46,11 +46,11 @@ pub fn is_called() -> bool {
     name.is_some_and(|name| Path::new(&name).file_name() == Some(OsStr::new(NAME))) && env::var_os(ENV_URL).is_some()
 }
 
-/// Runs the real shell with this process's arguments and ends as it does.
+/// Runs the real shell with this process's arguments and ends with its exit code, as a shell says it: 128 and the number
+/// of the signal that ended it. OpenCode 1.18.33 does not notice the end of a shell that a signal ended, and waits until
+/// the command's time is over.
 pub fn run() -> ExitCode {
     let args: Vec<OsString> = env::args_os().skip(1).collect();
-    // First, so that all that a command does is counted there.
-    super::confine::step_aside();
     let mut uplink = connect();
     let shell = env::var_os(ENV_SHELL).unwrap_or_else(|| DEFAULT_SHELL.into());
     let start = |pid| {
@@ -123,6 +123,7 @@ fn spawn(shell: &OsStr, args: &[OsString]) -> io::Result<Tapped> {
     for name in SCRUBBED {
         command.env_remove(name);
     }
+    step_aside(&mut command);
     let mut child = command.spawn()?;
     let pipes = Pipes::new(child.stdout.take().map(OwnedFd::from), child.stderr.take().map(OwnedFd::from));
     // Only now, since the shell would inherit it. OpenCode's signals go to the whole group: the shell does with them
@@ -159,7 +160,7 @@ impl Tapped {
         if self.pipes.are_open() {
             hand_over(self.pipes, &start);
         }
-        end_like(status)
+        exit_code(status)
     }
 }
 
@@ -187,18 +188,21 @@ fn hand_over(pipes: Pipes, start: &Start) {
     }
 }
 
-fn end_like(status: ExitStatus) -> ExitCode {
-    if let Some(number) = status.signal() {
-        if let Ok(signal) = Raw::try_from(number) {
-            let mut mask = SigSet::empty();
-            mask.add(signal);
-            let _ = mask.thread_unblock();
-            let _ = kill(unistd::getpid(), signal);
-        }
-        // This process ignores that signal, or it has no name.
-        return ExitCode::from(u8::try_from(128 + number).unwrap_or(u8::MAX));
-    }
-    ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX))
+/// Has the shell, and so all that the command does, be counted with the tools and be what ends first when memory runs out:
+/// not the tap, which has to tell of that end.
+#[expect(unsafe_code, reason = "there is no safe way to run something in the child")]
+fn step_aside(command: &mut Command) {
+    let aside = || {
+        super::confine::step_aside();
+        Ok(())
+    };
+    // SAFETY: this process has one thread, so the child may do what it could.
+    unsafe { command.pre_exec(aside) };
+}
+
+fn exit_code(status: ExitStatus) -> ExitCode {
+    let code = status.code().or_else(|| status.signal().map(|number| 128 + number));
+    ExitCode::from(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX))
 }
 
 /// The reading ends of standard output and standard error. None: closed.
