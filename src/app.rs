@@ -483,7 +483,7 @@ impl App {
         let executions = self.executions.shut_down(until(0.5)).await.err().unwrap_or(0);
         let log = self.executions.events();
         let _ = tokio::time::timeout(until(0.6), log.flushed()).await;
-        let (writes, unshipped) = (log.pending(), log.unshipped());
+        let (writes, unshipped) = (log.pending(), log.pending() + log.unshipped());
         if unshipped > 0 {
             tracing::warn!(unshipped, "the database is away: what it lacks stays in the journal, for the next start");
         }

@@ -85,12 +85,16 @@ impl Keys {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Remembers what was taken in an earlier life, the newest first: of several with one key it has it.
+    /// Remembers what was taken in an earlier life, the newest first: of several with one key it has it. A claim that
+    /// was made before this was known is over: its submission is to be refused.
     pub(super) fn remember(&self, taken: Vec<(Idempotency, Submitted)>) {
         let mut inner = self.lock();
         for (idempotency, submitted) in taken {
             let slot = Slot::taken(idempotency.fingerprint, submitted);
-            inner.slots.entry(name(&idempotency)).or_insert(slot);
+            match inner.slots.entry(name(&idempotency)) {
+                Entry::Occupied(known) if matches!(known.get(), Slot::Taken { .. }) => {}
+                entry => drop(entry.insert_entry(slot)),
+            }
         }
     }
 
@@ -263,6 +267,17 @@ mod tests {
         second.taken(taken.clone());
         assert!(decided.changed().await.is_err());
         assert_eq!(replayed(&keys, asked("me", "k", 2), at(0)), taken);
+    }
+
+    #[test]
+    fn what_becomes_known_while_it_is_claimed_stays_known() {
+        let keys = Arc::new(Keys::new(10));
+        let [newest, oldest] = [submitted(at(2)), submitted(at(1))];
+        let claim = claim(&keys, asked("me", "k", 1), at(3));
+        keys.remember(vec![(asked("me", "k", 1), newest.clone()), (asked("me", "k", 1), oldest)]);
+        assert_eq!(replayed(&keys, asked("me", "k", 1), at(3)), newest);
+        drop(claim);
+        assert_eq!(replayed(&keys, asked("me", "k", 1), at(3)), newest);
     }
 
     #[test]

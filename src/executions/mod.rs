@@ -308,9 +308,11 @@ impl Executions {
     async fn claim(&self, idempotency: Idempotency) -> Result<Result<Claim, Submitted>, SubmitError> {
         let deadline = Instant::now() + SUBMIT_TIMEOUT;
         loop {
+            // Before the claim: one that is made while they are being learnt says nothing of what an earlier life took.
+            let all_known = self.shared.keys_known.load(Ordering::SeqCst);
             match self.shared.keys.ask(idempotency.clone(), Utc::now()) {
                 Ok(Known::No(claim)) => {
-                    return match self.taken_elsewhere(&idempotency).await? {
+                    return match self.taken_elsewhere(&idempotency, all_known).await? {
                         None => Ok(Ok(claim)),
                         Some((fingerprint, submitted)) => {
                             drop(claim);
@@ -338,13 +340,17 @@ impl Executions {
     }
 
     /// Whether the database knows a key that is not known here: another sidecar of the project may have taken it. Where it
-    /// cannot be asked the key is taken for a new one, unless it could never be asked.
-    async fn taken_elsewhere(&self, of: &Idempotency) -> Result<Option<(Fingerprint, Submitted)>, SubmitError> {
+    /// cannot be asked the key is taken for a new one, where those of earlier lives are all known.
+    async fn taken_elsewhere(
+        &self,
+        of: &Idempotency,
+        all_known: bool,
+    ) -> Result<Option<(Fingerprint, Submitted)>, SubmitError> {
         let since = Utc::now() - KEY_LIFE;
         let known = self.shared.store.submitted_under(&self.shared.settings.project, &of.caller, &of.key, since);
         match tokio::time::timeout(KEY_LOOK, known).await {
             Ok(Ok(taken)) => Ok(taken),
-            _ if self.shared.keys_known.load(Ordering::SeqCst) => Ok(None),
+            _ if all_known => Ok(None),
             _ => Err(SubmitError::KeysUnknown),
         }
     }

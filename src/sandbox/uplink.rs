@@ -15,7 +15,7 @@ const FULL: usize = 256 * 1024;
 const STALLED: Duration = Duration::from_secs(60);
 const CONNECT: Duration = Duration::from_secs(1);
 /// How long to wait for the sidecar to say that it has everything.
-const ANSWER: Duration = Duration::from_secs(10);
+const ANSWER: Duration = Duration::from_secs(60);
 
 /// See the module. Made by [`Uplink::connect`], and usable whether that worked or not.
 #[derive(Default)]

@@ -9,6 +9,8 @@ use sqlx::{ConnectOptions, Executor, PgConnection, Postgres};
 use std::fmt;
 use std::ops::DerefMut;
 use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -72,6 +74,8 @@ pub struct Store {
     pub(super) callbacks_written: watch::Sender<u64>,
     /// Whether it did not answer at the last look.
     away: watch::Sender<bool>,
+    /// How many operations succeeded.
+    answers: Arc<AtomicU64>,
     /// Which sidecar writes here, where that is known.
     pub(super) owner: Option<Uuid>,
     /// Whose rows it is there for, where the role is to be held against that.
@@ -114,6 +118,7 @@ impl Store {
             callbacks: false,
             callbacks_written: watch::Sender::new(0),
             away: watch::Sender::new(false),
+            answers: Arc::default(),
             owner: None,
             project: None,
             unready: watch::Sender::new(None),
@@ -189,8 +194,13 @@ impl Store {
         loop {
             if self.unready.borrow().is_some() {
                 self.catch_up().await;
-            } else if !matches!(tokio::time::timeout(LOOK_LIMIT, self.ping()).await, Ok(Ok(()))) {
-                self.set_away(true);
+            } else {
+                let before = self.answers.load(Ordering::SeqCst);
+                let looked = tokio::time::timeout(LOOK_LIMIT, self.ping()).await;
+                // A look that began before the server came back says nothing of it once another one had an answer.
+                if !matches!(looked, Ok(Ok(()))) && self.answers.load(Ordering::SeqCst) == before {
+                    self.set_away(true);
+                }
             }
             tokio::time::sleep(LOOK_EVERY).await;
         }
@@ -254,6 +264,7 @@ impl Store {
                 lease.answered = true;
                 if done.is_ok() {
                     // Known at once, and not only at the next look: who ships is the first to see it come back.
+                    self.answers.fetch_add(1, Ordering::SeqCst);
                     self.set_away(false);
                 }
                 done

@@ -5,6 +5,7 @@
 pub(crate) mod backend;
 
 use crate::store::{PROJECT, change, completed, event, migrated, pending, running, submit, write};
+use crate::support::postgres::connect;
 use crate::support::sidecar::{PATIENCE, World, soon};
 use backend::{Backend, Reply, taken};
 use opencode_sidecar::model::{EventType, ExecutionRecord, Reason, SessionId, Severity, Status};
@@ -13,9 +14,9 @@ use opencode_sidecar::sandbox::Signal;
 use opencode_sidecar::store::{Store, Write};
 use opencode_sidecar::tasks::Tasks;
 use opencode_sidecar::telemetry::Metrics;
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use serde_json::{Value, json};
-use sqlx::{Connection, Executor, PgConnection};
+use sqlx::Executor;
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -333,8 +334,8 @@ async fn what_was_taken_is_not_told_again_where_the_database_is_away() {
     backend.reply(record.session_id, Reply::Hang);
     let life = Life::start(settings(&backend, QUICK), &store);
     backend.until("a call", |calls| !calls.is_empty()).await;
-    let mut operator = PgConnection::connect(options.url.expose_secret()).await.unwrap();
-    let mut killer = PgConnection::connect(options.url.expose_secret()).await.unwrap();
+    let mut operator = connect(&options.url).await;
+    let mut killer = connect(&options.url).await;
     operator.execute("BEGIN; LOCK TABLE opencode_sidecar.callbacks").await.unwrap();
     backend.reply(record.session_id, Reply::Status(200));
     // The connection breaks under whoever wants to take it out of the outbox, twice.

@@ -8,7 +8,7 @@ mod projects;
 mod retention;
 mod sessions;
 
-use crate::support::postgres::{fresh_database, new_role};
+use crate::support::postgres::{connect, fresh_database, new_role};
 use chrono::{DateTime, TimeDelta, Utc};
 use opencode_sidecar::model::request::OnRestart;
 use opencode_sidecar::model::task::{Limits, ModelChoice, Provider};
@@ -19,7 +19,7 @@ use opencode_sidecar::model::{
 use opencode_sidecar::store::{Cursor, DatabaseOptions, EventQuery, HistoryFilter, Store, StoreError, Write};
 use secrecy::ExposeSecret;
 use serde_json::json;
-use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
+use sqlx::{AssertSqlSafe, Connection, Executor};
 use std::num::NonZeroU32;
 use std::slice;
 use uuid::Uuid;
@@ -439,7 +439,7 @@ async fn two_schemas_of_one_database_do_not_see_each_other() {
 }
 
 async fn execute(options: &DatabaseOptions, statement: &str) {
-    let mut connection = PgConnection::connect(options.url.expose_secret()).await.unwrap();
+    let mut connection = connect(&options.url).await;
     connection.execute(AssertSqlSafe(statement.to_owned())).await.unwrap();
     connection.close().await.unwrap();
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// How long an idle OpenCode may take to compare its snapshots. It takes some milliseconds, and longer in a large tree.
-const COMPARING: Duration = Duration::from_secs(5);
+const COMPARING: Duration = Duration::from_secs(30);
 
 impl State<'_> {
     /// Tells what was changed, as far as it is known; `finished` where the run ended by itself, and OpenCode is idle.

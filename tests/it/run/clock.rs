@@ -3,13 +3,13 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test's own helpers fail like the test")]
 
+use crate::support::postgres::connect;
 use crate::support::sidecar::{Sidecar, World, answer, opencode, soon};
 use chrono::{DateTime, TimeDelta, Utc};
 use opencode_sidecar::sandbox::Spec;
 use opencode_sidecar::scripted::Script;
-use secrecy::ExposeSecret;
 use serde_json::{Value, json};
-use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
+use sqlx::{AssertSqlSafe, Executor};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt};
@@ -162,7 +162,7 @@ async fn a_clock_that_jumps_loses_nothing_and_ends_nothing() {
     sidecar.stop().await;
 
     // After a restart at this time: keys count, and retention removes what is old and not what has just ended.
-    let mut database = PgConnection::connect(world.database().url.expose_secret()).await.unwrap();
+    let mut database = connect(&world.database().url).await;
     let age = format!(
         "UPDATE opencode_sidecar.executions SET created_at = created_at - interval '3 days',
                 completed_at = completed_at - interval '3 days' WHERE id = '{first}'"

@@ -145,6 +145,7 @@ impl Story {
             let log = raw_log(&sidecar, &reader.id).await;
             assert_eq!(log[..reader.seen.len()], reader.seen[..], "{failpoint}");
         }
+        sidecar.shipped().await;
         let (_, history) = sidecar.send(Method::GET, "/tasks?limit=100", None).await;
         for execution in history["executions"].as_array().unwrap() {
             let id = execution["execution_id"].as_str().unwrap();

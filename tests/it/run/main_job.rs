@@ -166,15 +166,18 @@ async fn what_a_command_leaves_in_the_background_holds_nothing_up_and_ends_with_
     let world = World::new().await;
     let sidecar = world.start(&[]).await;
     let script = Script::new()
-        .bash("(until [ -e late ]; do sleep 0.02; done; echo late; touch seen; sleep 987654) & echo started")
-        .bash("touch late; until [ -e seen ]; do sleep 0.02; done; echo next")
+        .bash("(until [ -e late ]; do sleep 0.02; done; echo late; sleep 654321) & echo started")
+        .bash("touch late; until [ -e told ]; do sleep 0.02; done; echo next")
         .text("done");
     let id = sidecar.submit(&script).await;
+    let is_late = |event: &Value| event["type"] == "stdout" && event["data"].as_str().unwrap().contains("late\n");
+    sidecar.stream(&id, 0).await.until("what the background says", is_late).await;
+    std::fs::write(world.file("told"), "").unwrap();
     let events = sidecar.follow(&id).await;
     assert_eq!(events.last().unwrap()["data"]["status"], "completed");
     let out = text_of(&events, "stdout");
     assert!(out.contains("started\n") && out.contains("next\n") && out.contains("late\n"), "{out}");
-    assert!(!crate::support::sidecar::runs("sleep 987654"));
+    assert!(!crate::support::sidecar::runs("sleep 654321"));
     sidecar.stop().await;
 }
 

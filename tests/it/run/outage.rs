@@ -16,7 +16,9 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 /// Far less than any wait for the database, and far more than an answer takes on a busy machine.
-pub(super) const AT_ONCE: Duration = Duration::from_secs(2);
+const AT_ONCE: Duration = Duration::from_secs(2);
+/// How often it is asked. What waits for the database waits each time; a busy machine does not.
+const TRIES: usize = 5;
 /// Writes lines until there is a file `go`.
 pub(super) const FLOWING: &str =
     "until [ -e go ]; do head -c 300 /dev/zero | tr '\\0' x; echo; sleep 0.05; done; echo went";
@@ -49,13 +51,25 @@ impl Seen {
     }
 }
 
+/// An answer that has waited for nothing.
+pub(super) async fn at_once<T, A: Future<Output = T>>(ask: impl Fn() -> A) -> T {
+    let mut took = Vec::new();
+    while took.len() < TRIES {
+        let asked = Instant::now();
+        let answer = ask().await;
+        if asked.elapsed() < AT_ONCE {
+            return answer;
+        }
+        took.push(asked.elapsed());
+    }
+    unreachable!("none of these is at once: {took:?}")
+}
+
 /// Waits until `/ready` says this of the database, which keeps nobody from being ready, nor from an answer.
 async fn database_is(sidecar: &Sidecar, word: &str) {
     soon(word, async {
         loop {
-            let asked = Instant::now();
-            let ready = sidecar.get("/ready").await;
-            assert!(asked.elapsed() < AT_ONCE, "{:?}: {ready:#}", asked.elapsed());
+            let ready = at_once(|| sidecar.get("/ready")).await;
             if ready["checks"]["database"]["status"] == word {
                 return;
             }
@@ -132,9 +146,7 @@ async fn during<F: Fault>(world: &World, sidecar: &Sidecar, fault: &mut F, old: 
         // Without what waits for it the database cannot say what there is, even where it can be read.
         let (one, log) = (format!("/tasks/{}", old.id), format!("/tasks/{}/events", old.id));
         for (path, answers) in [("/tasks", false), (&one, F::READABLE), (&log, F::READABLE)] {
-            let asked = Instant::now();
-            let (status, answer) = sidecar.send(Method::GET, path, None).await;
-            assert!(asked.elapsed() < AT_ONCE, "{path}: {:?}", asked.elapsed());
+            let (status, answer) = at_once(|| sidecar.send(Method::GET, path, None)).await;
             match answers {
                 true => assert_eq!(status, 200, "{path}: {answer:#}"),
                 false => assert_eq!((status, &answer["code"]), (503, &json!("unavailable")), "{path}: {answer:#}"),

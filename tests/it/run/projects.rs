@@ -2,17 +2,16 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
-use crate::support::postgres::{bound_role, fresh_database, new_role};
+use crate::support::postgres::{bound_role, connect, fresh_database, new_role};
 use crate::support::sidecar::{World, subcommand};
 use opencode_sidecar::scripted::Script;
-use secrecy::ExposeSecret;
 use serde_json::json;
-use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Row};
+use sqlx::{AssertSqlSafe, Executor, Row};
 use std::time::Duration;
 
 /// The ids of all executions that the sidecar's own login sees, and those of all events.
 async fn seen(world: &World) -> Vec<String> {
-    let mut connection = PgConnection::connect(world.database().url.expose_secret()).await.unwrap();
+    let mut connection = connect(&world.database().url).await;
     let mut ids = Vec::new();
     for (table, column) in [("executions", "id"), ("execution_events", "execution_id")] {
         let query = format!("SELECT DISTINCT {column}::text FROM opencode_sidecar.{table}");

@@ -43,6 +43,7 @@ async fn one_runs_one_waits_and_the_third_is_refused() {
     for id in [&first, &third, &fourth] {
         assert_eq!(sidecar.finished(id).await["status"], "completed");
     }
+    sidecar.shipped().await;
     let order = sidecar.get("/tasks?status=completed").await;
     let ids: Vec<_> = order["executions"].as_array().unwrap().iter().map(|e| e["execution_id"].clone()).collect();
     assert_eq!(ids, [json!(fourth), json!(third), json!(first)], "newest first");

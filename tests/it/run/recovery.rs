@@ -244,7 +244,8 @@ async fn a_call_that_only_the_conversation_has_is_told_as_cut_off() {
 async fn what_takes_the_sidecar_with_it_is_not_resumed_for_ever_and_what_is_cancelled_is_not_resumed() {
     let world = World::new().await;
     let mut sidecar = world.start(&[]).await;
-    let (script, other) = (gated(&world, "work").text("never"), gated(&world, "other").text("never"));
+    let long = |gate| gated(&world, gate).bash("sleep 600").text("never");
+    let (script, other) = (long("work"), long("other"));
     let id = sidecar.submit_with(&script, json!({ "on_restart": "resume" })).await;
     let cancelled = sidecar.submit_with(&other, json!({ "on_restart": "resume" })).await;
     works(&sidecar, &id).await;
@@ -369,6 +370,7 @@ async fn what_a_sidecar_that_is_gone_has_left_is_ended_by_another() {
     let mut seen = works(&one, &running).await;
     let waiting = one.submit(&Script::new().text("never")).await;
     let (_, keyed, _) = submit_with_key(&one, "k", &Script::new().text("never")).await;
+    one.shipped().await;
     let two = world.start(&[lease, ("STATE_DIR", elsewhere.path().to_str().unwrap())]).await;
     assert_eq!(two.status(&running).await["status"], "running");
     // A key that another one has taken is known, too.
@@ -405,6 +407,7 @@ async fn what_a_sidecar_that_is_gone_has_left_is_ended_by_another() {
 
     // It comes back: what it had shown is in the log, what it thinks of the status is not, and nothing runs again.
     let one = world.start(&[ONE, lease, ("DATABASE_URL", options.url.expose_secret())]).await;
+    one.shipped().await;
     let late = soon("its events are there", async {
         loop {
             let events = told_again(&one, &running).await;

@@ -3,12 +3,12 @@
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
 use crate::sessions::Client;
+use crate::support::postgres::connect;
 use crate::support::sidecar::{World, soon};
 use opencode_sidecar::scripted::Script;
 use reqwest::Method;
-use secrecy::ExposeSecret;
 use serde_json::json;
-use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
+use sqlx::{AssertSqlSafe, Executor};
 
 #[tokio::test]
 async fn what_is_old_is_forgotten_in_the_background() {
@@ -24,7 +24,7 @@ async fn what_is_old_is_forgotten_in_the_background() {
     client.stop(&session).await;
     sidecar.stop().await;
 
-    let mut database = PgConnection::connect(world.database().url.expose_secret()).await.unwrap();
+    let mut database = connect(&world.database().url).await;
     let ages = format!(
         "SET search_path = opencode_sidecar;
          UPDATE executions SET created_at = created_at - interval '1 day', completed_at = completed_at - interval '1 day'

@@ -303,7 +303,7 @@ async fn a_parked_session_comes_back_as_the_same_user_and_is_gone_in_the_end() {
 #[tokio::test]
 #[cfg_attr(not(as_root), ignore = "other users take root")]
 async fn four_capabilities_are_enough() {
-    const HIDE: &str = "mkdir -p $HOME/a/b kept; echo x > $HOME/a/b/c; chmod 0 $HOME/a/b $HOME/a; chmod 700 kept; (setsid sleep 98761 &)";
+    const HIDE: &str = "mkdir -p $HOME/a/b kept; echo x > $HOME/a/b/c; chmod 0 $HOME/a/b $HOME/a; chmod 700 kept; (setsid sleep 543211 &)";
     let world = World::new().await;
     let sidecar = world.start_as(As::PodRoot, &REQUIRED).await;
     let status = std::fs::read_to_string(format!("/proc/{}/status", sidecar.pid())).unwrap();
@@ -320,31 +320,31 @@ async fn four_capabilities_are_enough() {
     }
     assert!(world.private_directories().is_empty());
 
-    let cancelled = sidecar.submit(&hide("sleep 98762").text("never")).await;
+    let cancelled = sidecar.submit(&hide("sleep 543212").text("never")).await;
     let mut stream = sidecar.stream(&cancelled, 0).await;
     stream.until("the command", |e| e["type"] == "stdout").await;
     let (status, answer) = sidecar.post(&format!("/tasks/{cancelled}/cancel"), json!({})).await;
     assert_eq!((status, &answer["status"]), (200, &json!("cancelled")), "{answer}");
-    assert!(sidecar.opencodes().is_empty() && !crate::support::sidecar::runs("sleep 9876"));
+    assert!(sidecar.opencodes().is_empty() && !crate::support::sidecar::runs("sleep 54321"));
 
     for place in ["kept", "$HOME/tree"] {
         // In a directory that is the session's alone, and in a file that has no name any more.
         let fill = format!(
-            "mkdir -p {place}; chmod 700 {place}; head -c 100M /dev/zero > {place}/big; exec 9>&1; sleep 98763"
+            "mkdir -p {place}; chmod 700 {place}; head -c 100M /dev/zero > {place}/big; exec 9>&1; sleep 543213"
         );
         let full =
             sidecar.submit_with(&hide(&fill).text("never"), json!({ "limits": { "disk_bytes": 50_000_000 } })).await;
         let events = sidecar.follow(&full).await;
         assert_eq!(events.last().unwrap()["data"]["reason"], "disk_exhausted", "{place}");
     }
-    let nameless = "exec 9> $HOME/big; rm $HOME/big; head -c 100M /dev/zero >&9; sleep 98764";
+    let nameless = "exec 9> $HOME/big; rm $HOME/big; head -c 100M /dev/zero >&9; sleep 543214";
     let full =
         sidecar.submit_with(&hide(nameless).text("never"), json!({ "limits": { "disk_bytes": 50_000_000 } })).await;
     assert_eq!(sidecar.follow(&full).await.last().unwrap()["data"]["reason"], "disk_exhausted", "a removed file");
     assert!(world.private_directories().is_empty());
 
     // What an unexpected end leaves is gone after the next start.
-    let lost = sidecar.submit(&hide("sleep 98765").text("never")).await;
+    let lost = sidecar.submit(&hide("sleep 543215").text("never")).await;
     sidecar.stream(&lost, 0).await.until("the command", |e| e["type"] == "stdout").await;
     let left = world.private_directories();
     assert_eq!(left.len(), 1);
@@ -354,7 +354,7 @@ async fn four_capabilities_are_enough() {
     let sidecar = world.start_as(As::PodRoot, &REQUIRED).await;
     assert!(world.private_directories().is_empty(), "{left:?}");
     soon("nothing of it runs", async {
-        while crate::support::sidecar::runs("sleep 9876") {
+        while crate::support::sidecar::runs("sleep 54321") {
             tokio::task::yield_now().await;
         }
     })

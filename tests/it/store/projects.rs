@@ -2,12 +2,11 @@
 
 use super::sessions::{ended, in_session, put, session};
 use super::{at, change, completed, event, execute, migrated, pending, row, submit, write};
-use crate::support::postgres::{bound_role, new_role};
+use crate::support::postgres::{bound_role, connect, new_role};
 use crate::support::sidecar::soon;
 use futures_util::TryStreamExt;
 use opencode_sidecar::model::{EventType, ExecutionRecord, SessionRecord, Severity, Status};
 use opencode_sidecar::store::{DatabaseOptions, EventQuery, Forgotten, HistoryFilter, Role, Store, StoreError, Write};
-use secrecy::ExposeSecret;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Row};
 use std::collections::BTreeSet;
 
@@ -52,7 +51,7 @@ impl Project {
 }
 
 async fn login(options: &DatabaseOptions) -> PgConnection {
-    let mut connection = PgConnection::connect(options.url.expose_secret()).await.unwrap();
+    let mut connection = connect(&options.url).await;
     connection.execute("SET search_path TO opencode_sidecar").await.unwrap();
     connection
 }

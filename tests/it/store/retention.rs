@@ -2,11 +2,11 @@
 
 use super::sessions::{ended, in_session, put, session};
 use super::{PROJECT, all, at, change, completed, event, migrated, pending, running, submit, write};
+use crate::support::postgres::connect;
 use chrono::{DateTime, TimeDelta, Utc};
 use opencode_sidecar::model::{EventType, ExecutionRecord, SessionRecord, Severity, Status};
 use opencode_sidecar::store::{DatabaseOptions, Forgotten, HistoryFilter, Store, Write};
-use secrecy::ExposeSecret;
-use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Row};
+use sqlx::{AssertSqlSafe, Connection, Executor, Row};
 
 /// What ended before it is old.
 fn cutoff() -> DateTime<Utc> {
@@ -30,7 +30,7 @@ async fn left(store: &Store) -> Vec<ExecutionRecord> {
 }
 
 async fn count(options: &DatabaseOptions, table: &str) -> i64 {
-    let mut connection = PgConnection::connect(options.url.expose_secret()).await.unwrap();
+    let mut connection = connect(&options.url).await;
     let query = format!("SELECT count(*) FROM opencode_sidecar.{table}");
     let row = connection.fetch_one(AssertSqlSafe(query)).await.unwrap();
     connection.close().await.unwrap();
@@ -180,7 +180,7 @@ async fn it_waits_for_nobody() {
     for record in [&held, &free] {
         store.commit(&logged(record, 1)).await.unwrap();
     }
-    let mut other = PgConnection::connect(options.url.expose_secret()).await.unwrap();
+    let mut other = connect(&options.url).await;
     let mut transaction = other.begin().await.unwrap();
     let lock = format!("SELECT FROM opencode_sidecar.executions WHERE id = '{}' FOR UPDATE", held.id);
     transaction.execute(AssertSqlSafe(lock)).await.unwrap();

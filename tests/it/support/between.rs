@@ -27,9 +27,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
-/// Ports for the OpenCodes of one sidecar, where they are, and how far behind each the real one listens.
+/// Ports for the OpenCodes of one sidecar, where they are, and how far behind each the real one listens: where no other
+/// test's sessions have theirs.
 const PORTS: u16 = 16;
-const FROM: u16 = 25_000;
+const FROM: u16 = 14_000;
 const BEHIND: u16 = 3_000;
 
 /// After which event a fault begins.

@@ -2,10 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's own helpers fail like the test")]
 
+use super::sidecar::PATIENCE;
 use opencode_sidecar::sandbox::Sandbox;
 use opencode_sidecar::store::{DatabaseOptions, Embedded};
 use opencode_sidecar::tasks::Tasks;
 use secrecy::{ExposeSecret, SecretString};
+use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use std::fs::File;
 use std::path::PathBuf;
@@ -20,6 +22,12 @@ pub(crate) fn sandbox(tasks: &Tasks) -> Sandbox {
     Sandbox::new(PathBuf::from(env!("CARGO_BIN_EXE_opencode-sidecar")), tasks.clone()).unwrap()
 }
 
+/// A connection of a test's own. While the server has no place for it, this waits for one, as a pool does.
+pub(crate) async fn connect(url: &SecretString) -> PgConnection {
+    let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(PATIENCE);
+    pool.connect(url.expose_secret()).await.unwrap().acquire().await.unwrap().detach()
+}
+
 /// The options for a new, empty database. `max_connections` is 4.
 pub(crate) async fn fresh_database() -> DatabaseOptions {
     new_database(server(), "").await
@@ -28,7 +36,7 @@ pub(crate) async fn fresh_database() -> DatabaseOptions {
 /// The same on a server; `clause` goes on with `CREATE DATABASE name`.
 pub(crate) async fn new_database(server: &SecretString, clause: &str) -> DatabaseOptions {
     let name = format!("test_{}", uuid::Uuid::new_v4().simple());
-    let mut connection = PgConnection::connect(server.expose_secret()).await.unwrap();
+    let mut connection = connect(server).await;
     connection.execute(AssertSqlSafe(format!("CREATE DATABASE {name} {clause}"))).await.unwrap();
     connection.close().await.unwrap();
     let url = server.expose_secret().replace("/postgres?", &format!("/{name}?"));
@@ -38,7 +46,7 @@ pub(crate) async fn new_database(server: &SecretString, clause: &str) -> Databas
 /// A new role that may log in and no more, with the options by which it does.
 pub(crate) async fn new_role(options: &DatabaseOptions) -> (String, DatabaseOptions) {
     let role = format!("role_{}", uuid::Uuid::new_v4().simple());
-    let mut connection = PgConnection::connect(options.url.expose_secret()).await.unwrap();
+    let mut connection = connect(&options.url).await;
     connection.execute(AssertSqlSafe(format!("CREATE ROLE {role} LOGIN PASSWORD 'x'"))).await.unwrap();
     connection.close().await.unwrap();
     let mut url = url::Url::parse(options.url.expose_secret()).unwrap();
@@ -50,7 +58,7 @@ pub(crate) async fn new_role(options: &DatabaseOptions) -> (String, DatabaseOpti
 /// One that is bound to a project, in a schema that is there.
 pub(crate) async fn bound_role(options: &DatabaseOptions, project: &str) -> (String, DatabaseOptions) {
     let (role, its) = new_role(options).await;
-    let mut connection = PgConnection::connect(options.url.expose_secret()).await.unwrap();
+    let mut connection = connect(&options.url).await;
     let bind = format!("SELECT {}.bind_role('{role}', '{project}')", options.schema);
     connection.execute(AssertSqlSafe(bind)).await.unwrap();
     connection.close().await.unwrap();

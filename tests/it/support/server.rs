@@ -80,11 +80,11 @@ impl OwnServer {
     /// None of its processes does anything, until [`OwnServer::thaw`].
     pub(crate) fn freeze(&self) {
         // Its first process first: then it makes no more.
-        self.processes()
-            .into_iter()
-            .take(1)
-            .chain(self.processes())
-            .for_each(|pid| kill(pid, Signal::SIGSTOP).unwrap());
+        kill(self.processes()[0], Signal::SIGSTOP).unwrap();
+        for pid in self.processes() {
+            // One may just have ended.
+            let _ = kill(pid, Signal::SIGSTOP);
+        }
     }
 
     pub(crate) fn thaw(&self) {

@@ -281,6 +281,10 @@ impl Sidecar {
         if let Some(body) = body {
             request = request.json(&body);
         }
+        if path == "/sessions" {
+            // OpenCode starts within it.
+            request = request.header("prefer", "wait=60");
+        }
         answer(soon(path, request.send()).await.unwrap()).await
     }
 
