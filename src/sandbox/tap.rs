@@ -11,11 +11,12 @@ use super::uplink::Uplink;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl;
 use nix::sys::signal::{self, SigSet, Signal as Raw};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd;
 use std::env;
-use std::ffi::{OsStr, OsString};
+use std::ffi::{CStr, OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -24,6 +25,8 @@ use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 
 /// The file name under which the binary is the tap.
 pub const NAME: &str = "bash";
+/// What the tap is called in lists of processes, at most 15 bytes (prctl(2)).
+const PROCESS_NAME: &CStr = c"output-tap";
 /// Where to send the copy: `http://<ip>:<port>/<path>`. Without it there is no tap.
 pub const ENV_URL: &str = "OPENCODE_SIDECAR_TAP";
 /// The bearer token for it.
@@ -51,6 +54,8 @@ pub fn is_called() -> bool {
 /// the command's time is over.
 pub fn run() -> ExitCode {
     let args: Vec<OsString> = env::args_os().skip(1).collect();
+    // So that a command's `pkill bash` ends what it means.
+    let _ = prctl::set_name(PROCESS_NAME);
     let mut uplink = connect();
     let shell = env::var_os(ENV_SHELL).unwrap_or_else(|| DEFAULT_SHELL.into());
     let start = |pid| {

@@ -186,12 +186,15 @@ async fn what_a_command_leaves_in_the_background_holds_nothing_up_and_ends_with_
 async fn a_shell_that_is_killed_has_a_result_like_another() {
     let world = World::new().await;
     let sidecar = world.start(&[]).await;
-    let killed = |signal| json!({ "command": format!("echo before; kill -{signal} $$"), "timeout": 900_000, "description": "x" });
-    let script = Script::new().tool("bash", killed("KILL")).tool("bash", killed("TERM")).text("Gone on.");
+    let killed = |how| json!({ "command": format!("echo before; {how} $$"), "timeout": 900_000, "description": "x" });
+    // As `pkill -KILL bash` does, but of these processes only.
+    let by_name = "for each in $PPID $$; do grep -qx bash /proc/$each/comm && kill -KILL $each; done; : ";
+    let script = Script::new().tool("bash", killed("kill -KILL")).tool("bash", killed("kill -TERM"));
+    let script = script.tool("bash", killed(by_name)).text("Gone on.");
     let events = sidecar.follow(&sidecar.submit(&script).await).await;
     assert_eq!(events.last().unwrap()["data"]["final_message"], "Gone on.", "{events:#?}");
     let codes: Vec<_> = of(&events, "tool_result").iter().map(|event| event["data"]["exit_code"].clone()).collect();
-    assert_eq!(codes, [137, 143]);
-    assert_eq!(text_of(&events, "stdout"), "before\nbefore\n");
+    assert_eq!(codes, [137, 143, 137]);
+    assert_eq!(text_of(&events, "stdout"), "before\nbefore\nbefore\n");
     sidecar.stop().await;
 }
