@@ -171,8 +171,9 @@ struct SessionCreated {
 /// Create a session
 ///
 /// 201 once its OpenCode process runs and, where there is a prompt, works on it. It is not queued: where as many
-/// executions run as may, it is a 503. A caller who is gone before the answer leaves no session behind. Fields that are
-/// not known are ignored, with a `log` event that names them.
+/// executions run as may, it is a 503. A caller who is gone before the answer leaves no session behind, and may come
+/// again with the same id: that waits for the end of the first attempt. Fields that are not known are ignored, with a
+/// `log` event that names them.
 #[utoipa::path(
     post, path = "/sessions", tag = "sessions", security(("bearer" = ["tasks:execute"])), request_body = SessionRequest, operation_id = "create_session",
     responses(

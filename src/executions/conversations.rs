@@ -14,6 +14,7 @@ use crate::sessions::{SessionError, Wanted};
 use crate::store::{SessionCursor, SessionView, StoreError};
 use chrono::{DateTime, Utc};
 use secrecy::SecretString;
+use std::collections::hash_map::Entry;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
@@ -200,17 +201,31 @@ impl Executions {
 
     async fn make(&self, plan: Plan, gone: &CancellationToken) -> Result<NewSession, CreateError> {
         let id = plan.id;
-        {
-            let mut kept = self.shared.lock_kept();
-            if kept.contains_key(&id) {
-                return Err(CreateError::Exists);
+        let claim = async {
+            let mut decided = self.shared.made.subscribe();
+            loop {
+                match self.shared.lock_kept().entry(id) {
+                    Entry::Vacant(place) => {
+                        place.insert(None);
+                        return Ok(());
+                    }
+                    Entry::Occupied(place) if place.get().is_some() => return Err(CreateError::Exists),
+                    // Perhaps the first attempt of this caller, who went away and comes again.
+                    Entry::Occupied(_) => {}
+                }
+                // The sender lives as long as `self`.
+                let _ = decided.changed().await;
             }
-            kept.insert(id, None);
+        };
+        tokio::select! {
+            claimed = claim => claimed?,
+            () = gone.cancelled() => return Err(CreateError::Abandoned),
         }
         let made = self.make_in_its_place(plan, gone).await;
         if made.is_err() {
             self.shared.lock_kept().remove(&id);
         }
+        self.shared.made.send_replace(());
         made
     }
 

@@ -118,6 +118,8 @@ struct Shared {
     held: Mutex<BTreeMap<ExecutionId, Queued>>,
     /// Sessions that callers made and that have not ended; `None` while one is being made.
     kept: Mutex<HashMap<SessionId, Option<Arc<Kept>>>>,
+    /// Changes when one of them is made, or is not.
+    made: watch::Sender<()>,
     keys: Arc<Keys>,
     /// Whether the keys are all that there were when this sidecar first asked the database.
     keys_known: AtomicBool,
@@ -208,6 +210,7 @@ impl Executions {
                 kept: Mutex::default(),
                 keys: Arc::new(Keys::new(idempotency::MOST)),
                 keys_known: AtomicBool::new(false),
+                made: watch::Sender::new(()),
                 live_count: watch::Sender::new(0),
                 closing: AtomicBool::new(false),
                 abandoned: AtomicUsize::new(0),
