@@ -338,11 +338,12 @@ impl ProcessHandle {
     /// # Errors
     /// Something still lives after `deadline`, which the kernel allows only to a process that hangs inside it.
     pub async fn kill(&self, deadline: Duration) -> Result<Gone, StillAlive> {
-        let end = Instant::now() + deadline;
         self.command(&Command::Kill(true));
         if let Ok(gone) = timeout(deadline / 2, self.gone()).await {
             return Ok(gone);
         }
+        // From now, so that a machine that stood still meanwhile takes nothing from it.
+        let end = Instant::now() + deadline / 2;
         let Shared { name, jail, .. } = &*self.shared;
         tracing::warn!(name, jail, "the jail does not answer: killing it and all below it from outside");
         loop {
@@ -378,6 +379,15 @@ impl ProcessHandle {
     /// How often its limits were felt so far.
     pub fn resource_events(&self) -> ResourceEvents {
         self.state.borrow().events
+    }
+
+    /// The same by now, and not by the last look. `None` once the program has ended.
+    pub fn resource_events_now(&self) -> Option<ResourceEvents> {
+        let State { exit, events, .. } = self.state.borrow().clone();
+        match exit {
+            Some(_) => None,
+            None => Some(self.living_group().map_or(events, |group| group.events(events))),
+        }
     }
 
     /// Waits until that is other than what is known already. For ever, if nothing is felt any more before its end.

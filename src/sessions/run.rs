@@ -23,7 +23,7 @@ use crate::opencode::client::{Client, ClientError, EventStream, Prompt};
 use crate::opencode::outcome::{Evidence, Failure, ModelEvidence, Verdict, decide, decide_at_last};
 use crate::opencode::translate::{Signal, Step, Translator};
 use crate::opencode::wire::{MessageInfo, RawEvent};
-use crate::sandbox::Resource;
+use crate::sandbox::{Resource, ResourceEvents};
 use crate::telemetry::ModelCallOutcome;
 use again::Again;
 use chrono::Utc;
@@ -38,6 +38,8 @@ use tokio_util::sync::CancellationToken;
 const TICK: Duration = Duration::from_secs(1);
 /// How long an idle OpenCode may take to complete its last message, and one whose calls are refused to become idle.
 const SETTLE: Duration = Duration::from_secs(5);
+/// How long the rest of a session may take to end, once OpenCode has ended by itself.
+const GONE: Duration = Duration::from_secs(15);
 /// How many shell commands of one run may send output at the same time.
 const MAX_SHELLS: usize = 64;
 
@@ -116,6 +118,7 @@ impl Run<'_> {
         let mut state = State::new(self, session, stream, conversation);
         state.before = before;
         let result = state.until_end().await;
+        state.tell_last_felt().await;
         for event in state.translator.abandon_texts() {
             self.writer.append(event).await;
         }
@@ -218,7 +221,7 @@ fn progress_of(translator: &Translator, usage: Usage) -> Progress {
 /// OpenCode has ended by itself, or for want of something. Its jail ends the rest, and then says which.
 async fn crashed(session: &Session, how: &str) -> Failure {
     tracing::warn!(how, lines = session.server.last_lines(), "OpenCode ended by itself");
-    let gone = tokio::time::timeout(SETTLE, session.server.process.gone()).await;
+    let gone = tokio::time::timeout(GONE, session.server.process.gone()).await;
     match gone.ok().and_then(|gone| gone.exhausted) {
         Some(Resource::Memory) => Failure::new(
             Reason::OomKilled,
@@ -272,6 +275,8 @@ struct State<'a> {
     /// not run itself is no silence of OpenCode's.
     silent_ticks: u32,
     last_sign: Instant,
+    /// What was told of limits that were felt.
+    felt: ResourceEvents,
     /// Since when OpenCode is idle.
     idle_since: Option<Instant>,
     /// Since when it calls itself idle although its last message is not completed.
@@ -286,6 +291,7 @@ impl<'a> State<'a> {
     fn new(run: &'a Run<'a>, session: &'a mut Session, stream: EventStream, conversation: String) -> Self {
         let now = Instant::now();
         let workdir = session.wanted.workdir.to_string_lossy().into_owned();
+        let felt = session.server.process.handle().resource_events();
         Self {
             run,
             translator: Translator::new(&conversation, &workdir),
@@ -298,6 +304,7 @@ impl<'a> State<'a> {
             prompted: now,
             silent_ticks: 0,
             last_sign: now,
+            felt,
             idle_since: None,
             stopping_since: None,
             permission_refused: false,
@@ -312,7 +319,6 @@ impl<'a> State<'a> {
         let mut output = self.shells.output();
         let mut reports = self.session.lease.take_reports();
         let process = self.session.server.process.handle();
-        let mut known = process.resource_events();
         let mut quiet_until = Instant::now();
         let mut under_way = FuturesUnordered::new();
         let mut tick = tokio::time::interval(TICK);
@@ -349,9 +355,9 @@ impl<'a> State<'a> {
                     }
                     None
                 }
-                events = felt(&process, known, &mut quiet_until) => {
-                    self.tell_felt(known, events).await;
-                    known = events;
+                events = felt(&process, self.felt, &mut quiet_until) => {
+                    self.tell_felt(self.felt, events).await;
+                    self.felt = events;
                     None
                 }
                 added = disk_exhausted(self.session.disk.as_ref()) => Some(Err(disk_full(self.run.task, added.bytes))),
@@ -378,7 +384,7 @@ impl<'a> State<'a> {
     /// The stream may break just because the process ended; that is the better thing to say then.
     async fn lost_stream(&self, how: &str) -> Failure {
         let process = &self.session.server.process;
-        match tokio::time::timeout(Duration::from_secs(1), process.exited()).await {
+        match tokio::time::timeout(SETTLE, process.exited()).await {
             Ok(exit) => crashed(self.session, &exit.to_string()).await,
             Err(_) => Failure::new(
                 Reason::OpencodeUnresponsive,

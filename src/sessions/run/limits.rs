@@ -34,6 +34,13 @@ pub(super) fn disk_full(task: &Task, added: u64) -> Failure {
 }
 
 impl State<'_> {
+    /// What was felt since it was last told. What OpenCode itself ended of is the reason of its end, and not told here.
+    pub(super) async fn tell_last_felt(&self) {
+        if let Some(events) = self.session.server.process.handle().resource_events_now() {
+            self.tell_felt(self.felt, events).await;
+        }
+    }
+
     /// A limit was felt by something that the agent had started: it is said, and the run goes on.
     pub(super) async fn tell_felt(&self, before: ResourceEvents, now: ResourceEvents) {
         let remarks = [
