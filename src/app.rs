@@ -58,8 +58,8 @@ const MAX_OPEN: usize = 256;
 /// How long the streams and connections may take to end.
 const DRAIN: Duration = Duration::from_secs(2);
 
-/// How long the backend may take to be told what the shutdown itself has changed.
-const LAST_CALLBACKS: Duration = Duration::from_secs(2);
+/// How much of the grace the backend has to be told what the shutdown itself has changed: 2 s of the default 25.
+const LAST_CALLBACKS: f64 = 0.08;
 
 /// Why the sidecar did not start.
 #[derive(Debug, thiserror::Error)]
@@ -149,6 +149,8 @@ impl Database {
         if embedded.is_none() && !needed {
             store = store.for_project(&config.project_id);
         }
+        // One look alone may have met a machine that stood still.
+        let mut looks_left = 1;
         loop {
             let looked = tokio::time::timeout(DATABASE_LOOK, store.ping()).await;
             let tried = match looked.unwrap_or_else(|_| Err(StoreError::timeout(DATABASE_LOOK))) {
@@ -157,6 +159,10 @@ impl Database {
             };
             let Err(error) = tried else { break };
             if matches!(error, StoreError::Unavailable(_)) && !needed {
+                if looks_left > 0 {
+                    looks_left -= 1;
+                    continue;
+                }
                 tracing::warn!(
                     error = &error as &dyn std::error::Error,
                     "the database is not there; the journal bridges it until it is"
@@ -489,7 +495,7 @@ impl App {
         }
         close.cancel();
         if let Some(notifier) = self.notifier {
-            notifier.drain(until(0.7).min(LAST_CALLBACKS)).await;
+            notifier.drain(until(0.7).min(grace.mul_f64(LAST_CALLBACKS))).await;
         }
         let connections = match tokio::time::timeout(until(0.75), serving).await {
             Ok(Ok(cut)) => cut,

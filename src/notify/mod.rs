@@ -35,6 +35,8 @@ use uuid::Uuid;
 const AT_ONCE: usize = 8;
 /// Sessions that one look into the outbox finds.
 const FOUND: u32 = 64;
+/// Between two attempts to take what was told out of the outbox.
+const SETTLE_PAUSE: Duration = Duration::from_secs(1);
 
 /// Whom to tell, and of what.
 #[derive(Clone, Debug)]
@@ -282,7 +284,6 @@ impl Teller {
     /// Tells one change, and takes out of the outbox what the answer settles.
     fn tell(&self, callback: Callback) -> impl Future<Output = Done> + use<> {
         let (store, backend, project) = (self.store.clone(), Arc::clone(&self.backend), self.settings.project.clone());
-        let pause = self.settings.pace.look;
         async move {
             let answer = backend.status(&callback).await;
             // Where the database is away this goes on until it is back: what was taken is not told again for that.
@@ -298,7 +299,7 @@ impl Teller {
                     error = &error as &dyn std::error::Error,
                     "the database does not let go of what the backend was told; trying again"
                 );
-                tokio::time::sleep(pause).await;
+                tokio::time::sleep(SETTLE_PAUSE).await;
             }
             Done::Told(callback, answer)
         }

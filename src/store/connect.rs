@@ -197,9 +197,11 @@ impl Store {
             } else {
                 let before = self.answers.load(Ordering::SeqCst);
                 let looked = tokio::time::timeout(LOOK_LIMIT, self.ping()).await;
-                // A look that began before the server came back says nothing of it once another one had an answer.
-                if !matches!(looked, Ok(Ok(()))) && self.answers.load(Ordering::SeqCst) == before {
-                    self.set_away(true);
+                if !matches!(looked, Ok(Ok(()))) {
+                    // A look that began before the server came back says nothing of it once another one had an answer.
+                    self.away.send_if_modified(|away| {
+                        self.answers.load(Ordering::SeqCst) == before && !std::mem::replace(away, true)
+                    });
                 }
             }
             tokio::time::sleep(LOOK_EVERY).await;
@@ -263,9 +265,12 @@ impl Store {
             Ok(done) => {
                 lease.answered = true;
                 if done.is_ok() {
-                    // Known at once, and not only at the next look: who ships is the first to see it come back.
-                    self.answers.fetch_add(1, Ordering::SeqCst);
-                    self.set_away(false);
+                    // Known at once, and not only at the next look: who ships is the first to see it come back. Both
+                    // under the lock of `away`, so that no look comes between.
+                    self.away.send_if_modified(|away| {
+                        self.answers.fetch_add(1, Ordering::SeqCst);
+                        std::mem::replace(away, false)
+                    });
                 }
                 done
             }

@@ -228,7 +228,7 @@ fn spec(server: &Server, place: &Place, socket_dir: &Path) -> Spec {
         ("full_page_writes", "on"),
         ("synchronous_commit", "on"),
         ("shared_buffers", "16MB"),
-        ("max_connections", "20"),
+        ("max_connections", "100"),
         ("max_wal_size", "256MB"),
         ("min_wal_size", "32MB"),
         // Nothing replicates from here.
