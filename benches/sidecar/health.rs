@@ -4,8 +4,13 @@ use crate::World;
 use crate::machine::cores;
 use crate::sidecar::{Sidecar, directory};
 use crate::table::{Row, Shown, print, target};
-use opencode_sidecar::sandbox::Spec;
+use axum::extract::Path;
+use axum::routing::get;
+use opencode_sidecar::sandbox::{Process, Spec};
 use opencode_sidecar::scripted::Script;
+use serde_json::Value;
+use std::fs::DirEntry;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
@@ -16,14 +21,38 @@ pub(crate) const BARE: &str = "--bare-server";
 /// Requests to each side.
 const REQUESTS: usize = 2000;
 
-/// The other side: axum with one route, in a process of its own.
+/// The other side: axum with three routes, in a process of its own. What it reads is relative to its working directory.
 pub(crate) async fn bare() {
     let body = r#"{"status":"ok","version":"0","uptime_seconds":0}"#;
-    let get = axum::routing::get(move || async move { ([("content-type", "application/json")], body) });
-    let router = axum::Router::new().route("/health", get);
+    let json = [("content-type", "application/json")];
+    let content = async |Path(path): Path<PathBuf>| tokio::fs::read(path).await.unwrap();
+    // It does nothing else meanwhile.
+    let list = async move |Path(path): Path<PathBuf>| {
+        let entries = std::fs::read_dir(path).unwrap().map(Result::unwrap);
+        let entry = |entry: DirEntry| {
+            let metadata = entry.metadata().unwrap();
+            serde_json::json!({ "name": entry.file_name().to_str().unwrap(), "size": metadata.len() })
+        };
+        (json, Value::from_iter(entries.map(entry)).to_string())
+    };
+    let router = axum::Router::new()
+        .route("/health", get(move || async move { (json, body) }))
+        .route("/content/{path}", get(content))
+        .route("/list/{path}", get(list));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     println!("{}", listener.local_addr().unwrap());
     axum::serve(listener, router).await.unwrap();
+}
+
+/// Starts it in that directory; gives its address too.
+pub(crate) async fn start_bare(world: &World, directory: &std::path::Path) -> (Process, String) {
+    let mut spec = Spec::new("bare server", std::env::current_exe().unwrap());
+    spec.args = vec![BARE.into()];
+    spec.cwd = directory.to_owned();
+    let mut server = world.sandbox.start(spec).await.unwrap();
+    let mut lines = BufReader::new(server.take_stdout().unwrap()).lines();
+    let address = lines.next_line().await.unwrap().expect("the bare server's address");
+    (server, address)
 }
 
 /// A connection that is kept.
@@ -56,11 +85,7 @@ impl Connection {
 pub(crate) async fn run(world: &World) {
     let state = directory();
     let sidecar = Sidecar::start(world, state.path(), 0, None).await;
-    let mut spec = Spec::new("bare server", std::env::current_exe().unwrap());
-    spec.args = vec![BARE.into()];
-    let mut server = world.sandbox.start(spec).await.unwrap();
-    let mut lines = BufReader::new(server.take_stdout().unwrap()).lines();
-    let bare = lines.next_line().await.unwrap().expect("the bare server's address");
+    let (server, bare) = start_bare(world, state.path()).await;
     let ours = sidecar.base.trim_start_matches("http://").to_owned();
 
     let quiet = measure(&ours, &bare).await;

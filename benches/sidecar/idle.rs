@@ -1,15 +1,13 @@
 //! What the sidecar's own process costs while nothing is to do, and how long it takes to start.
 
 use crate::World;
-use crate::health::BARE;
+use crate::health::start_bare;
 use crate::machine::{cpu, memory};
 use crate::sidecar::{Sidecar, directory};
 use crate::table::{Row, Shown, print, target};
-use opencode_sidecar::sandbox::Spec;
 use opencode_sidecar::scripted::Script;
 use opencode_sidecar::store::Embedded;
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt, BufReader};
 
 /// How long an idle process is watched.
 const WATCH: Duration = Duration::from_secs(10);
@@ -28,14 +26,10 @@ pub(crate) async fn run(world: &World) {
     }
     look("sidecar, after 10 tasks", sidecar.pid()).await;
     sidecar.stop().await;
-    let mut spec = Spec::new("bare server", std::env::current_exe().unwrap());
-    spec.args = vec![BARE.into()];
-    let mut server = world.sandbox.start(spec).await.unwrap();
-    let mut lines = BufReader::new(server.take_stdout().unwrap()).lines();
-    lines.next_line().await.unwrap();
+    let (server, _) = start_bare(world, state.path()).await;
     look("a bare axum server", server.pid()).await;
     server.kill(Duration::from_secs(10)).await.unwrap();
-    target("RSS of the idle sidecar", fresh, 20.0, " MiB");
+    target("RSS of the idle sidecar", fresh * MIB / 1e6, 15.0, " MB");
 
     let other = directory();
     let postgres = Embedded::start(&world.sandbox, &world.tasks, other.path()).await.unwrap();
@@ -57,7 +51,7 @@ pub(crate) async fn run(world: &World) {
     let rows = [Row::new("external database", external), Row::new("embedded one that exists", embedded)];
     print("start to ready", "ms", Shown::Spread, &rows);
     println!("the first start, which makes the embedded one: {:.0} ms", first.as_secs_f64() * 1000.0);
-    println!("start to ready with a database: {:.0} ms (150 ms later on)", rows[0].median());
+    target("start to ready with a database", rows[0].median(), 150.0, " ms");
 }
 
 /// Watches a process that has nothing to do; gives its RSS in MiB.

@@ -1,8 +1,8 @@
 //! The benchmarks: each measures both sides in one run, and prints a table with the ratio and the target.
 //!
 //! `cargo bench --bench sidecar [-- NAME …]` runs those whose names contain one of the words: `task`, `health`, `idle`,
-//! `stream`, `session`, `spawn`, `kill`, `ship`, `journal`, `broker`. `BENCH_ROUNDS` sets how often each measurement is repeated. No
-//! number is asserted: they are for people, and depend on what else the machine does.
+//! `stream`, `session`, `spawn`, `kill`, `ship`, `journal`, `broker`, `files`. `BENCH_ROUNDS` sets how often each
+//! measurement is repeated. No number is asserted: they are for people, and depend on what else the machine does.
 //!
 //! The sidecar is the release build of the binary, as a process of its own, with an embedded Postgres. OpenCode is the
 //! real one (OPENCODE_COMMAND, `opencode` in PATH, or the package under `sidecars/opencode-server`); its provider is
@@ -13,6 +13,7 @@
 
 mod broker;
 mod direct;
+mod files;
 mod health;
 mod idle;
 mod journal;
@@ -78,7 +79,8 @@ fn main() {
     runtime.block_on(async {
         let world = World::new().await;
         println!("{}", Machine::now());
-        let all = ["task", "health", "idle", "stream", "session", "spawn", "kill", "ship", "journal", "broker"];
+        let all =
+            ["task", "health", "idle", "stream", "session", "spawn", "kill", "ship", "journal", "broker", "files"];
         for name in all.into_iter().filter(|name| chosen(name)) {
             let run = async {
                 match name {
@@ -90,6 +92,7 @@ fn main() {
                     "kill" => kill::run(&world).await,
                     "ship" => ship::run(&world).await,
                     "broker" => broker::run(&world).await,
+                    "files" => files::run(&world).await,
                     "journal" => journal::run(&world).await,
                     _ => session::run(&world).await,
                 }

@@ -160,6 +160,19 @@ impl Sidecar {
         body["execution_id"].as_str().unwrap().to_owned()
     }
 
+    /// Waits until an execution has completed.
+    pub(crate) async fn ended(&self, id: &str) {
+        let wait = async {
+            let status = self.get(&format!("/tasks/{id}/status"));
+            while status.try_clone().unwrap().send().await.unwrap().json::<Value>().await.unwrap()["status"]
+                != "completed"
+            {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, wait).await.expect("the task completes");
+    }
+
     /// Runs a task and reads its stream (SSE) to the end.
     pub(crate) async fn run(&self, prompt: &str) -> Ran {
         let (started, submitted) = (Instant::now(), Utc::now());
