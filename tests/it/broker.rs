@@ -5,6 +5,7 @@
 mod bounds;
 mod destinations;
 
+use crate::support::sidecar::PATIENCE;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use opencode_sidecar::broker::destination::{Destinations, Ports};
@@ -89,7 +90,7 @@ impl World {
     async fn end(self) {
         let Self { tasks, metrics: _, model, broker, lease, http } = self;
         drop((model, broker, lease, http));
-        assert_eq!(tasks.stop(Duration::from_secs(10)).await, Ok(()));
+        assert_eq!(tasks.stop(PATIENCE).await, Ok(()));
     }
 }
 
@@ -411,9 +412,10 @@ async fn silence_is_typed() {
 #[tokio::test]
 async fn a_provider_that_is_not_there() {
     let world = World::new().await;
-    let free = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = free.local_addr().unwrap();
-    drop(free);
+    // Bound and not listening: nobody else gets it.
+    let held = tokio::net::TcpSocket::new_v4().unwrap();
+    held.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = held.local_addr().unwrap();
     let lease = world.broker.open(grant(&format!("http://{address}/v1"), Provider::Local, PLENTY));
     let url = format!("{}/chat/completions", lease.base_url());
     let response =

@@ -4,7 +4,7 @@
 
 use crate::support::postgres::fresh_database;
 use crate::support::proxy::Proxy;
-use crate::support::sidecar::soon;
+use crate::support::sidecar::{PATIENCE, soon};
 use chrono::Utc;
 use opencode_sidecar::events::{Events, Inherited, ReadQuery};
 use opencode_sidecar::journal::Journal;
@@ -131,7 +131,7 @@ async fn readers_see_every_event_once_while_it_grows_out_of_memory() {
         let page = events.read(id, 5002, &query).await.unwrap();
         assert_eq!((page.events.len(), page.next_after), (500, 5002));
     }
-    tasks.stop(std::time::Duration::from_secs(10)).await.unwrap();
+    tasks.stop(PATIENCE).await.unwrap();
 }
 
 /// What the database refuses for good costs its own execution only.
@@ -153,7 +153,7 @@ async fn a_log_that_cannot_be_written_is_given_up_and_its_neighbour_goes_on() {
     soon("all", events.flushed()).await;
     assert_eq!(events.record(bad.id).await.unwrap().unwrap().status, Status::Pending);
     assert_eq!(store.execution("p", good.id).await.unwrap().unwrap().last_seq, fine);
-    tasks.stop(std::time::Duration::from_secs(10)).await.unwrap();
+    tasks.stop(PATIENCE).await.unwrap();
 }
 
 /// A database that is not there: nobody waits for it, everything is read as if it were, and it gets everything.
@@ -215,7 +215,7 @@ async fn while_the_database_is_away_everything_goes_on_and_then_it_has_all() {
     assert_eq!((events.unshipped(), events.live(), events.outage()), (0, 0, None));
     let stored = soon("the store", follow(events.clone(), id, 500)).await;
     assert!(stored[1000..].iter().eq(all[0].iter().map(|(_, json)| json)), "and the database has the same bytes");
-    tasks.stop(std::time::Duration::from_secs(10)).await.unwrap();
+    tasks.stop(PATIENCE).await.unwrap();
 }
 
 /// A life that ends with the database away: the next one brings it all there, the same bytes under the same numbers.
@@ -250,7 +250,7 @@ async fn what_a_life_leaves_in_the_journal_the_next_one_ships() {
             }
         })
         .await;
-        tasks.stop(std::time::Duration::from_secs(10)).await.unwrap();
+        tasks.stop(PATIENCE).await.unwrap();
     }
     // The database is still away: that is no reason not to start, and readers are served from the journal.
     let tasks = Tasks::new();
@@ -270,7 +270,7 @@ async fn what_a_life_leaves_in_the_journal_the_next_one_ships() {
     let json = |events: &[Event]| events.iter().map(|event| event.json.to_string()).collect::<Vec<_>>();
     assert_eq!((json(&page.events[..51]), page.events.len()), (json(&told), 52));
     assert_eq!(store.execution("p", goes.id).await.unwrap(), None, "what was deleted stays so");
-    tasks.stop(std::time::Duration::from_secs(10)).await.unwrap();
+    tasks.stop(PATIENCE).await.unwrap();
 }
 
 /// A deletion reaches the journal too, once nothing that is needed is beside it.
@@ -295,7 +295,7 @@ async fn what_is_deleted_leaves_the_disk() {
         }
     })
     .await;
-    tasks.stop(std::time::Duration::from_secs(10)).await.unwrap();
+    tasks.stop(PATIENCE).await.unwrap();
 }
 
 /// What runs waits for the database where the journal has all that it may; its end does not.
@@ -344,5 +344,5 @@ async fn a_full_journal_slows_and_cuts_nothing() {
     soon("it is shipped", events.flushed()).await;
     assert_eq!(store.execution("p", id).await.unwrap().unwrap().last_seq, 1001);
     assert!(!events.is_full());
-    tasks.stop(std::time::Duration::from_secs(10)).await.unwrap();
+    tasks.stop(PATIENCE).await.unwrap();
 }

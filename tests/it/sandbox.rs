@@ -113,9 +113,13 @@ async fn the_program_heeds_signals_that_the_sidecar_was_told_to_ignore() {
     let wrapper = directory.path().join("deaf");
     let script =
         format!("#!/bin/sh\ntrap '' HUP INT QUIT TERM\nexec {} \"$@\"\n", env!("CARGO_BIN_EXE_opencode-sidecar"));
-    std::fs::write(&wrapper, script).unwrap();
-    std::fs::set_permissions(&wrapper, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    // By another process: a fork of this one, for another test, would keep it open for writing when it is executed.
+    let source = directory.path().join("source");
+    std::fs::write(&source, script).unwrap();
     let mut bench = Bench::new();
+    let install = bench.start(&format!("install -m 755 {} {}", source.display(), wrapper.display())).await;
+    assert_eq!(install.exited().await.code, Some(0));
+    install.gone().await;
     bench.sandbox = Sandbox::new(wrapper, bench.tasks.clone()).unwrap();
     let mut process = bench.start("trap 'exit 8' INT; echo ready; while :; do sleep 0.05; done").await;
     assert_eq!(line(&mut process).await, "ready\n");
@@ -184,7 +188,7 @@ async fn a_jail_that_is_stopped_is_killed_from_outside() {
     let mut process = bench.start("(setsid sh -c 'echo daemon; sleep 1000; :' &) ; sleep 1000; :").await;
     assert_eq!(line(&mut process).await, "daemon\n");
     kill(jail_of(&process), Raw::SIGSTOP).unwrap();
-    let gone = process.kill(Duration::from_secs(2)).await.unwrap();
+    let gone = process.kill(Duration::from_secs(10)).await.unwrap();
     assert_eq!(gone.cpu_seconds, None);
     bench.nothing_is_left().await;
 }

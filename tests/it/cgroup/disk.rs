@@ -47,10 +47,10 @@ async fn a_large_file_is_noticed_while_it_grows() {
 async fn what_is_within_the_limit_is_counted_and_no_more() {
     let (bench, directory) = (Bench::new(), directory());
     let disk = watch(&bench, directory.path(), 64 * MIB, None).await;
-    // A hole of a gigabyte, a file with three names, and something removed at once.
+    // A hole of a gigabyte, something removed at once, and a file with three names: when that is counted, all is done.
     let script = "dd if=/dev/zero of=hole bs=1 count=1 seek=1073741824 2>/dev/null
-        dd if=/dev/zero of=file bs=1048576 count=20 2>/dev/null; ln file second; ln file third
-        dd if=/dev/zero of=gone bs=1048576 count=10 2>/dev/null; rm gone";
+        dd if=/dev/zero of=gone bs=1048576 count=10 2>/dev/null; rm gone
+        dd if=/dev/zero of=file bs=1048576 count=20 2>/dev/null; ln file second; ln file third";
     let process = start(&bench, script, directory.path()).await;
     process.gone().await;
     let added = tokio::time::timeout(DEADLINE, disk.reached_bytes(20 * MIB)).await.unwrap();

@@ -38,7 +38,7 @@ async fn a_jail_that_is_killed_or_stopped_leaves_no_group() {
         let mut process = grouped.start(&format!("{DAEMON}; sleep 1000; :"), Limits::default()).await;
         assert_eq!(line(&mut process).await, "daemon\n");
         kill(jail_of(&process), signal).unwrap();
-        let gone = process.kill(DEADLINE / 10).await.unwrap();
+        let gone = process.kill(DEADLINE / 3).await.unwrap();
         assert_eq!((gone.cpu_seconds, gone.exhausted), (None, None));
         // The group knows what the jail cannot tell any more.
         assert!(gone.usage.cpu_seconds.is_some());

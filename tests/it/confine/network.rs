@@ -15,7 +15,7 @@ use std::time::Instant;
 
 /// Ports for programs, so that tests side by side do not meet.
 fn ports<const N: usize>() -> [u16; N] {
-    static NEXT: AtomicU16 = AtomicU16::new(26_000);
+    static NEXT: AtomicU16 = AtomicU16::new(12_000);
     let first = NEXT.fetch_add(u16::try_from(N).unwrap(), Ordering::Relaxed);
     std::array::from_fn(|at| first + u16::try_from(at).unwrap())
 }

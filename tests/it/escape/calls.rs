@@ -180,7 +180,7 @@ pub(super) fn signal_by_io() -> Outcome {
     control(libc::F_SETOWN as u64, pid("SHOT"))?;
     control(libc::F_SETFL as u64, libc::O_ASYNC as u64)?;
     of(theirs.write_all(b"x"))?;
-    match poll(&mut [PollFd::new(victim.as_fd(), PollFlags::POLLIN)], PollTimeout::from(1000u16))? {
+    match poll(&mut [PollFd::new(victim.as_fd(), PollFlags::POLLIN)], PollTimeout::from(10_000u16))? {
         0 => Err(Errno::ETIMEDOUT),
         _ => Ok(()),
     }

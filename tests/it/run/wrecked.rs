@@ -113,7 +113,7 @@ async fn frozen_in_a_tool_call_and_in_an_answer() {
 #[tokio::test]
 async fn frozen_for_a_while_or_cancelled_meanwhile() {
     let world = World::new().await;
-    let sidecar = world.start(&[("MAX_CONCURRENT_TASKS", "3")]).await;
+    let sidecar = world.start(&[("MAX_CONCURRENT_TASKS", "3"), ("UNRESPONSIVE_TIMEOUT", "600")]).await;
     let ([tool, answer], opencodes) = strike(&sidecar, "77103", Signal::SIGSTOP).await;
     // For as long as another task takes.
     let other = sidecar.submit(&Script::new().text("Meanwhile.")).await;

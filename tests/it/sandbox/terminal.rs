@@ -99,7 +99,12 @@ async fn what_everybody_let_go_of_is_over() {
     let (process, terminal) = start(&bench, bench.sh(&script)).await;
     assert_eq!(shown(&terminal).await, "");
     std::fs::write(&gate, "").unwrap();
-    let again = async { while shown(&terminal).await != "again\r\n" {} };
+    let again = async {
+        let mut all = String::new();
+        while all != "again\r\n" {
+            all += &shown(&terminal).await;
+        }
+    };
     tokio::time::timeout(DEADLINE, again).await.unwrap();
     assert!(tokio::time::timeout(DEADLINE, terminal.write_all(b"x")).await.unwrap().is_err());
     process.kill(DEADLINE).await.unwrap();

@@ -6,6 +6,7 @@ use crate::support::sidecar::{World, runs, soon};
 use opencode_sidecar::model::SessionId;
 use opencode_sidecar::sandbox::Signal;
 use opencode_sidecar::scripted::Script;
+use opencode_sidecar::store::Store;
 use serde_json::json;
 use uuid::Uuid;
 
@@ -57,10 +58,12 @@ async fn each_status_is_told_in_order_through_two_restarts() {
     assert!(calls.iter().all(|call| call.method == "PATCH" && call.authorization.as_ref() == Some(&bearer)));
     assert!(calls.iter().all(|call| call.path.starts_with("/base/api/sessions/")), "{calls:#?}");
 
-    // Killed in the middle of a run.
+    // Killed in the middle of a run, when the sidecar knows that this was told.
     let killed = client.create(&Script::new().bash("echo on; sleep 97003").text("never")).await;
     client.stream(&killed, None).await.until("its output", |frame| frame.data["text"] == "on\n").await;
     backend.told(session(&killed), 1).await;
+    let store = Store::connect(&world.database()).await.unwrap();
+    soon("it is settled", async { while store.callbacks_waiting("default").await.unwrap() > 0 {} }).await;
     let pid = nix::unistd::Pid::from_raw(sidecar.pid().cast_signed());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
     sidecar.exited().await;

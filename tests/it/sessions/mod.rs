@@ -44,7 +44,9 @@ impl<'a> Client<'a> {
         let (status, made) = self
             .send(Method::POST, "/sessions", Some(json!({ "session_id": id, "prompt": script.to_prompt("Do it.") })))
             .await;
-        assert_eq!((status, &made["session_id"], &made["status"]), (201, &json!(id), &json!("running")), "{made}");
+        assert_eq!((status, &made["session_id"]), (201, &json!(id)), "{made}");
+        // The latter on a machine that was slow to write the former.
+        assert!(["running", "pending"].contains(&made["status"].as_str().unwrap()), "{made}");
         assert!(made["remote_session_id"].as_str().unwrap().starts_with("ses_"), "{made}");
         id
     }
@@ -85,7 +87,10 @@ impl<'a> Client<'a> {
         let mut stream = self.stream(id, last).await;
         let mut frames = Vec::new();
         while let Some(frame) = stream.next().await {
-            frames.push(frame);
+            // They come where a machine is slow.
+            if frame.event != "heartbeat" {
+                frames.push(frame);
+            }
         }
         frames
     }

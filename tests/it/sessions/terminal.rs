@@ -24,7 +24,7 @@ struct Shell {
 impl Shell {
     /// Opens one and waits for its prompt.
     async fn open(sidecar: &Sidecar, id: &str) -> Self {
-        let mut shell = Self::new(sidecar.socket(&format!("/sessions/{id}/terminal")).await);
+        let mut shell = Self::new(sidecar.socket(&format!("/sessions/{id}/terminal?cols=200")).await);
         shell.until("$ ", "# ").await;
         shell
     }
@@ -454,7 +454,7 @@ fn pid(pid: u32) -> nix::unistd::Pid {
 #[tokio::test]
 async fn a_parked_session_is_awakened_for_it_where_there_is_room() {
     let world = World::new().await;
-    let sidecar = world.start(&[REQUIRED, ("SESSION_IDLE_TIMEOUT", "3"), ("MAX_CONCURRENT_TASKS", "1")]).await;
+    let sidecar = world.start(&[REQUIRED, ("SESSION_IDLE_TIMEOUT", "10"), ("MAX_CONCURRENT_TASKS", "1")]).await;
     let client = Client::of(&sidecar);
     let id = client.create(&Script::new().text("First.")).await;
     let first = client.frames(&id, None).await;

@@ -444,7 +444,10 @@ async fn scans(owner: &DatabaseOptions, table: &str) -> (i64, i64) {
 
 #[tokio::test]
 async fn what_a_bound_role_asks_goes_by_the_indexes() {
-    let (owner, anna, _) = two().await;
+    let (owner, anna, berta) = two().await;
+    // A connection hands over its counts when it ends.
+    anna.store.close().await;
+    berta.store.close().await;
     execute(
         &owner,
         "SET search_path TO opencode_sidecar;
@@ -459,6 +462,10 @@ async fn what_a_bound_role_asks_goes_by_the_indexes() {
          ANALYZE",
     )
     .await;
+    let others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+                  AND pid <> pg_backend_pid() AND backend_type = 'client backend'";
+    let mut look = login(&owner).await;
+    soon("the others' end", async { while look.fetch_one(others).await.unwrap().get::<i64, _>(0) > 0 {} }).await;
     let tables = ["executions", "execution_events"];
     let mut before = Vec::new();
     for table in tables {
@@ -475,7 +482,6 @@ async fn what_a_bound_role_asks_goes_by_the_indexes() {
         store.expire(anna.name, at(-1_000_000), 10).await.unwrap();
         store.purge(anna.name, 10).await.unwrap();
     }
-    // A connection hands over its counts when it ends.
     store.close().await;
     for (table, (whole, by_index)) in tables.into_iter().zip(before) {
         let now = soon("the counts", async {

@@ -88,7 +88,10 @@ impl OwnServer {
     }
 
     pub(crate) fn thaw(&self) {
-        self.processes().into_iter().for_each(|pid| kill(pid, Signal::SIGCONT).unwrap());
+        for pid in self.processes() {
+            // One that was not frozen may just have ended.
+            let _ = kill(pid, Signal::SIGCONT);
+        }
     }
 
     /// The postmaster, and its children.

@@ -84,8 +84,8 @@ async fn start(world: &World, max_failures: &str) -> Sidecar {
         .start(&[
             ("MAX_CONCURRENT_TASKS", "4"),
             ("MODEL_MAX_FAILURES", max_failures),
-            ("MODEL_HEADER_TIMEOUT", "2"),
-            ("MODEL_IDLE_TIMEOUT", "2"),
+            ("MODEL_HEADER_TIMEOUT", "5"),
+            ("MODEL_IDLE_TIMEOUT", "5"),
         ])
         .await
 }
