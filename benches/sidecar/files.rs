@@ -11,14 +11,13 @@ use std::time::{Duration, Instant};
 /// Files in the directory that is listed.
 const ENTRIES: usize = 200;
 const SMALL: usize = 4 * 1024;
-/// Within the default MAX_TASK_FILE_SIZE.
 const LARGE: usize = 8 * 1024 * 1024;
 const REQUESTS: usize = 500;
 const LARGE_REQUESTS: usize = 50;
 
 pub(crate) async fn run(world: &World) {
     let state = directory();
-    let sidecar = Sidecar::start(world, state.path(), 0, None).await;
+    let sidecar = Sidecar::start_with(world, state.path(), 0, None, &[("MAX_TASK_FILE_SIZE", "10000000")]).await;
     let id = sidecar.submit(&Script::new().text("Done.").to_prompt("Go.")).await;
     sidecar.ended(&id).await;
     let workspace = state.path().join("workspace");

@@ -138,8 +138,17 @@ impl Client {
 
     /// The conversation so far.
     pub async fn messages(&self, session: &str) -> Result<Vec<Message>, ClientError> {
-        let value =
-            self.call("messages", self.request(reqwest::Method::GET, &format!("/session/{session}/message"))).await?;
+        self.messages_at(&format!("/session/{session}/message")).await
+    }
+
+    /// The last message of the conversation, `None` where it has none. This takes no longer for a long one.
+    pub async fn last_message(&self, session: &str) -> Result<Option<Message>, ClientError> {
+        // 1.18.33 counts the limit from the end, as its answers show.
+        Ok(self.messages_at(&format!("/session/{session}/message?limit=1")).await?.pop())
+    }
+
+    async fn messages_at(&self, path: &str) -> Result<Vec<Message>, ClientError> {
+        let value = self.call("messages", self.request(reqwest::Method::GET, path)).await?;
         Vec::deserialize(value).map_err(|source| ClientError::Shape { call: "messages", source })
     }
 

@@ -376,12 +376,7 @@ impl ProcessHandle {
         counted.or(state.seen.map(Usage::from).unwrap_or_default())
     }
 
-    /// How often its limits were felt so far.
-    pub fn resource_events(&self) -> ResourceEvents {
-        self.state.borrow().events
-    }
-
-    /// The same by now, and not by the last look. `None` once the program has ended.
+    /// How often its limits were felt by now. `None` once the program has ended.
     pub fn resource_events_now(&self) -> Option<ResourceEvents> {
         let State { exit, events, .. } = self.state.borrow().clone();
         match exit {
@@ -390,9 +385,9 @@ impl ProcessHandle {
         }
     }
 
-    /// Waits until that is other than what is known already. For ever, if nothing is felt any more before its end.
+    /// Waits until they were felt more often than is known already. For ever, if nothing is felt any more before its end.
     pub async fn resource_events_beyond(&self, known: ResourceEvents) -> ResourceEvents {
-        self.reached(|state| state.events != known).await.events
+        self.reached(|state| state.events.exceed(known)).await.events
     }
 
     /// Stops everything in its group where it stands, and returns when the kernel says that nothing in it runs. A

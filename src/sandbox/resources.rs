@@ -150,6 +150,13 @@ pub struct ResourceEvents {
     pub tool_forks_refused: u64,
 }
 
+impl ResourceEvents {
+    /// Whether more was felt than then. None of the counts ever falls.
+    pub(super) fn exceed(self, known: Self) -> bool {
+        self.oom_kills > known.oom_kills || self.forks_refused > known.forks_refused
+    }
+}
+
 /// What can run out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -19,7 +19,7 @@ use crate::failpoint;
 use crate::model::event::{EventType, NewEvent, Severity};
 use crate::model::request::OnRestart;
 use crate::model::{Reason, Task, Usage};
-use crate::opencode::client::{Client, ClientError, EventStream, Prompt};
+use crate::opencode::client::{ClientError, EventStream, Prompt};
 use crate::opencode::outcome::{Evidence, Failure, ModelEvidence, Verdict, decide, decide_at_last};
 use crate::opencode::translate::{Signal, Step, Translator};
 use crate::opencode::wire::{MessageInfo, RawEvent};
@@ -102,8 +102,9 @@ impl Run<'_> {
         self.writer.hide(session.lease.token());
         self.writer.hide(session.lease.proxy_token());
         let patience = session.shared.settings.unresponsive_timeout;
+        let last_message = session.last_message.take();
         let prepared = tokio::select! {
-            prepared = tokio::time::timeout(patience, self.prepare(session)) => prepared.unwrap_or_else(|_| {
+            prepared = tokio::time::timeout(patience, self.prepare(session, last_message)) => prepared.unwrap_or_else(|_| {
                 Err(unresponsive(format!("OpenCode did not take the task within {} s.", patience.as_secs())))
             }),
             exit = session.server.process.exited() => Err(crashed(session, &exit.to_string()).await),
@@ -137,20 +138,28 @@ impl Run<'_> {
         }
     }
 
-    async fn prepare(&self, session: &Session) -> Result<Prepared, Failure> {
+    /// `last_message` is the conversation's, where it is known.
+    async fn prepare(&self, session: &Session, last_message: Option<String>) -> Result<Prepared, Failure> {
         let unresponsive = |error: ClientError| {
             tracing::warn!(error = &error as &dyn std::error::Error, "OpenCode does not take the task");
             unresponsive(format!("OpenCode does not take the task: {error}."))
         };
-        let stream = session.client.events().await.map_err(unresponsive)?;
-        let conversation = match &session.conversation {
-            Some(conversation) => conversation.clone(),
-            None => session.client.create_session(self.title).await.map_err(unresponsive)?,
+        let client = &session.client;
+        let conversation = async {
+            let Some(conversation) = &session.conversation else {
+                return Ok((client.create_session(self.title).await?, None));
+            };
+            let before = match last_message {
+                Some(id) => Some(id),
+                None => client.last_message(conversation).await?.map(|message| message.info.id),
+            };
+            Ok((conversation.clone(), before))
         };
-        let messages = session.client.messages(&conversation).await.map_err(unresponsive)?;
-        let before = messages.last().map(|message| message.info.id.clone());
+        // Each answer takes OpenCode some 15 ms.
+        let (stream, (conversation, before)) = tokio::try_join!(client.events(), conversation).map_err(unresponsive)?;
         let text = match (self.again, &before) {
             (Some(known), Some(_)) => {
+                let messages = client.messages(&conversation).await.map_err(unresponsive)?;
                 let Again { events, text } = known.again(&messages);
                 for event in events {
                     self.writer.append(event).await;
@@ -159,7 +168,6 @@ impl Run<'_> {
             }
             _ => self.task.prompt_text(),
         };
-        drop(messages);
         failpoint::pass("run-conversation");
         if self.task.on_restart == OnRestart::Resume {
             // Before the prompt: without it a later life would take the task for one that was never begun.
@@ -168,7 +176,7 @@ impl Run<'_> {
         let prompt =
             Prompt { text: &text, agent: self.task.agent.as_deref(), system: self.task.system_prompt.as_deref() };
         failpoint::pass("run-unprompted");
-        session.client.prompt(&conversation, &prompt).await.map_err(unresponsive)?;
+        client.prompt(&conversation, &prompt).await.map_err(unresponsive)?;
         failpoint::pass("run-prompted");
         Ok(Prepared { stream, conversation, before })
     }
@@ -180,10 +188,6 @@ struct Prepared {
     conversation: String,
     /// The last message of the conversation before it.
     before: Option<String>,
-}
-
-async fn last_message(client: &Client, conversation: &str) -> Result<Option<MessageInfo>, ClientError> {
-    Ok(client.messages(conversation).await?.pop().map(|message| message.info))
 }
 
 fn stopped() -> Ending {
@@ -291,7 +295,8 @@ impl<'a> State<'a> {
     fn new(run: &'a Run<'a>, session: &'a mut Session, stream: EventStream, conversation: String) -> Self {
         let now = Instant::now();
         let workdir = session.wanted.workdir.to_string_lossy().into_owned();
-        let felt = session.server.process.handle().resource_events();
+        // Not by the last look: what the run before this one told at its end may be newer.
+        let felt = session.server.process.handle().resource_events_now().unwrap_or_default();
         Self {
             run,
             translator: Translator::new(&conversation, &workdir),
@@ -368,10 +373,10 @@ impl<'a> State<'a> {
                 }
                 event = self.stream.next() => match event {
                     Ok(Some(event)) => self.event(&event).await,
-                    Ok(None) => Some(Err(self.lost_stream("it ended").await)),
+                    Ok(None) => self.lost_stream("it ended").await,
                     Err(error) => {
                         tracing::warn!(error = &error as &dyn std::error::Error, "OpenCode's event stream is lost");
-                        Some(Err(self.lost_stream(&how_lost(&error)).await))
+                        self.lost_stream(&how_lost(&error)).await
                     }
                 },
             };
@@ -381,17 +386,19 @@ impl<'a> State<'a> {
         }
     }
 
-    /// The stream may break just because the process ended; that is the better thing to say then.
-    async fn lost_stream(&self, how: &str) -> Failure {
-        let process = &self.session.server.process;
-        match tokio::time::timeout(SETTLE, process.exited()).await {
-            Ok(exit) => crashed(self.session, &exit.to_string()).await,
-            Err(_) => Failure::new(
+    /// The stream may break just because the process ended; that is the better thing to say then. `None` where somebody
+    /// wanted the end meanwhile.
+    async fn lost_stream(&self, how: &str) -> Option<Result<(), Failure>> {
+        let failure = tokio::select! {
+            () = self.run.stop.cancelled() => return None,
+            exit = self.session.server.process.exited() => crashed(self.session, &exit.to_string()).await,
+            () = tokio::time::sleep(SETTLE) => Failure::new(
                 Reason::OpencodeUnresponsive,
                 "opencode_stream_lost",
                 format!("OpenCode's event stream was lost although its process still runs: {how}."),
             ),
-        }
+        };
+        Some(Err(failure))
     }
 
     async fn event(&mut self, event: &RawEvent) -> Option<Result<(), Failure>> {
@@ -527,7 +534,10 @@ impl<'a> State<'a> {
             permission_refused: self.permission_refused,
         };
         match decide(&evidence) {
-            Verdict::Finished => Some(Ok(())),
+            Verdict::Finished => {
+                self.session.last_message = last.map(|info| info.id);
+                Some(Ok(()))
+            }
             Verdict::Failed(failure) => Some(Err(failure)),
             Verdict::Undecided if since.elapsed() >= SETTLE => {
                 Some(Err(unread.unwrap_or_else(|| decide_at_last(&evidence))))
@@ -537,7 +547,7 @@ impl<'a> State<'a> {
     }
 
     async fn last_assistant(&self) -> Result<Option<MessageInfo>, ClientError> {
-        let last = last_message(&self.session.client, &self.conversation).await?;
+        let last = self.session.client.last_message(&self.conversation).await?.map(|message| message.info);
         Ok(last.filter(|info| info.role == "assistant" && Some(&info.id) != self.before.as_ref()))
     }
 

@@ -228,6 +228,8 @@ pub struct Session {
     warm: bool,
     /// OpenCode's id of the conversation that it has, once it has one.
     pub(super) conversation: Option<String>,
+    /// The last message of that conversation, where the run before has ended with it.
+    pub(super) last_message: Option<String>,
     /// Set while it runs a task.
     pub(super) in_use: Option<InUse>,
     /// Counts what it adds to the disk, where that is limited.
@@ -361,6 +363,7 @@ impl Session {
             worked: false,
             warm,
             conversation,
+            last_message: None,
             in_use: None,
             disk: None,
             terminals,

@@ -283,7 +283,7 @@ async fn wedged_at_the_end_and_cancelled() {
 
 #[tokio::test]
 async fn wedged_before_it_takes_the_prompt() {
-    let calls = [("GET", "/event"), ("POST", "/session"), ("GET", "/message"), ("POST", "/prompt_async")];
+    let calls = [("GET", "/event"), ("POST", "/session"), ("POST", "/prompt_async")];
     let world = World::new().await;
     let between = Between::start(&world, &[], &calls).await;
     let changes = [("MAX_CONCURRENT_TASKS", "4"), ("UNRESPONSIVE_TIMEOUT", "15")];
