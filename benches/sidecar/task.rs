@@ -58,7 +58,7 @@ pub(crate) async fn run(world: &World) {
     let state = directory();
     let sidecar = Sidecar::start(world, state.path(), 1, None).await;
     for (title, pace, rounds, goal) in
-        [("realistic", REALISTIC, world.rounds(5), Some(1.10)), ("harsh, no delays", HARSH, world.rounds(9), None)]
+        [("realistic", REALISTIC, world.rounds(5), Some(1.05)), ("harsh, no delays", HARSH, world.rounds(9), None)]
     {
         let (mut through, mut straight, mut again) = (Vec::new(), Vec::new(), Vec::new());
         let (mut own_cpu, mut opencode_cpu, mut first, mut runs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
