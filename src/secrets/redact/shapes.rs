@@ -270,7 +270,7 @@ fn signed_token(text: &str, at: usize, end: usize, whole: bool) -> Found {
     let header = rest.iter().take(MAX_HEADER).take_while(|byte| Body::Url.takes(**byte)).count();
     let after = &rest[header..];
     let next = b".eyJ";
-    if header < MAX_HEADER && after.len() < next.len() && next.starts_with(after) {
+    if after.len() < next.len() && next.starts_with(after) {
         return undecided(!whole, at);
     }
     if header < 10 || !after.starts_with(next) {
@@ -285,7 +285,7 @@ fn private_key(text: &str, at: usize, end: usize, whole: bool) -> Found {
     let label = label.count();
     let dashes = rest[label..].iter().take(5).take_while(|byte| **byte == b'-').count();
     if dashes < 5 {
-        return undecided(!whole && label < MAX_LABEL && label + dashes == rest.len(), at);
+        return undecided(!whole && label + dashes == rest.len(), at);
     }
     if !text[end..end + label].contains("PRIVATE KEY") {
         return Found::Nothing;

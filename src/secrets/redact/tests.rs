@@ -55,7 +55,10 @@ fn samples() -> Vec<(&'static str, String)> {
     .collect();
     samples.extend(["Bearer ", "bearer ", "BEARER "].map(|word| (word, format!("{word}{}", random(40)))));
     samples.push(("eyJ", jwt));
-    for label in ["PRIVATE KEY", "RSA PRIVATE KEY", "OPENSSH PRIVATE KEY", "PGP PRIVATE KEY BLOCK"] {
+    // A header, and below a label, of the longest that is taken.
+    samples.push(("eyJ", format!("eyJ{}.eyJ{}.{}", random(1024), random(40), random(43))));
+    let longest = format!("{} PRIVATE KEY", "X".repeat(36));
+    for label in ["PRIVATE KEY", "RSA PRIVATE KEY", "OPENSSH PRIVATE KEY", "PGP PRIVATE KEY BLOCK", &longest] {
         samples.push(("-----BEGIN ", pem(label)));
     }
     samples
